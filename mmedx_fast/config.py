@@ -1,0 +1,378 @@
+"""The typed configuration: YAML in, dotted overrides on top, unknown keys refused, resolved copy out.
+
+Imports neither torch nor anything heavy, so that ``mmedx --help`` and a config check stay instant.
+Field names follow TRL where TRL has one (``num_generations``, ``max_completion_length``, ``epsilon`` ...).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mmedx_fast.data.records import GUIDELINE_NAMES, SPECIALTIES
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names file, key and value."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    path: str = "tiny"
+    """A local folder or hub name of a Qwen2-VL / Qwen2.5-VL model; ``tiny`` is the one that ships with
+    the package."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["auto", "dense", "varlen", "flex"] = "auto"
+    """How the packed tree attends: ``auto`` is dense on CPU and varlen on CUDA."""
+    gradient_checkpointing: bool = True
+    trust_remote_code: bool = False
+    offline: bool = True
+    """Never ask a hub; a model that is not on disk is then an error that names its path."""
+    max_pixels: int = Field(401_408, ge=784)
+    """Upper bound on the pixels of one image after resizing; larger images are scaled down."""
+
+
+class DataConfig(Section):
+    train: str = "phantom"
+    """``phantom`` (made by the program) or a folder / file in a supported format."""
+    validation: str | None = None
+    """As ``train``; null takes ``phantom`` with phantom training data, else holds out a share of train."""
+    test: str = "phantom"
+    format: str | None = None
+    """Format name for real data; null detects it."""
+    answer_format: Literal["letter", "text"] = "letter"
+    """What stands between the answer tags: the option's letter, or its text."""
+    system_prompt: str | None = None
+    """Overrides the built-in system prompt."""
+    max_prompt_length: int = Field(4096, ge=32)
+    """Tokens, image tokens included; a longer prompt is rejected with its id."""
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    limit: int | None = Field(None, ge=1)
+    """Use at most this many rows of each split (for a trial run)."""
+
+
+class PhantomConfig(Section):
+    train: int = Field(480, ge=20)
+    """Questions in all, spread evenly over the specialties."""
+    validation: int = Field(120, ge=20)
+    test: int = Field(400, ge=20)
+    seed: int = 0
+
+
+class LoraConfig(Section):
+    r: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    use_rslora: bool = False
+    target_modules: str = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    """A regular expression on module names; the default leaves the vision tower alone."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class DsaConfig(Section):
+    specialties: tuple[str, ...] = SPECIALTIES
+    steps: int = Field(100, ge=1)
+    questions_per_step: int = Field(8, ge=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    save_steps: int = Field(20, ge=1)
+    reuse: str | None = None
+    """A run folder whose finished experts are taken instead of training new ones (ablations)."""
+
+    @field_validator("specialties")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _known_names(value, SPECIALTIES)
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "transformers"] = "vllm"
+    num_generations: int = Field(4, ge=1)
+    """Rollouts per question AND guideline."""
+    temperature: float = Field(1.0, gt=0)
+    max_completion_length: int = Field(512, ge=1)
+    gpu_memory_utilization: float = Field(0.3, gt=0, le=1)
+    kv_cache_memory_bytes: int | None = Field(None, ge=1 << 20)
+    """Fixed size of the KV cache; null lets the engine choose from gpu_memory_utilization."""
+    max_num_seqs: int = Field(64, ge=1)
+    block_size: int | None = Field(None, ge=16)
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 64
+    sleep: bool = True
+    """Free the engine's memory while the trainer works (CUDA only)."""
+
+
+class AdvantageConfig(Section):
+    """Arguments of ``mmedx_fast.ops.guideline_advantages`` (contract and formula there)."""
+
+    group_by: Literal["guideline", "question"] = "guideline"
+    """``question`` forgets the guidelines: plain GRPO over the same rollouts (the K = 1 ablation)."""
+    scale: Literal["guideline", "group", "batch", "none"] = "guideline"
+    within: float = Field(1.0, ge=0)
+    between: float = Field(1.0, ge=0)
+    combine: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    eps: float = Field(1e-4, gt=0)
+    ddof: Literal[0, 1] = 1
+    guideline_weights: dict[str, float] | None = None
+
+    @field_validator("guideline_weights")
+    @classmethod
+    def _known(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value is not None:
+            _known_names(tuple(value), GUIDELINE_NAMES)
+        return value
+
+
+class LossConfig(Section):
+    """Fields of ``mmedx_fast.ops.PolicyLossSpec``."""
+
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"] = "dapo"
+    epsilon: float = Field(0.2, gt=0)
+    epsilon_high: float | None = Field(0.28, gt=0)
+    delta: float | None = Field(None, gt=1)
+    beta: float = Field(0.0, ge=0)
+    """Weight of the KL term to the frozen starting adapter; 0 runs no reference pass."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    importance_sampling_correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "token_truncate"
+    importance_sampling_clip_max: float = Field(2.0, gt=0)
+
+
+class RewardConfig(Section):
+    name: str
+    """A built-in (accuracy_reward, format_reward, guideline_reward) or ``package.module.function``."""
+    weight: float = 1.0
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class GbaConfig(Section):
+    start: str = "experts_mean"
+    """``experts_mean`` (truncated SVD of the mean expert delta), ``base``, or one specialty's expert."""
+    guidelines: tuple[str, ...] = GUIDELINE_NAMES
+    steps: int = Field(100, ge=1)
+    questions_per_step: int = Field(4, ge=1)
+    num_iterations: int = Field(1, ge=1)
+    """Optimizer steps on each batch of rollouts; above 1 the old log-probs are computed first."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, lr_scheduler_type="constant")
+    loss: LossConfig = LossConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    rewards: tuple[RewardConfig, ...] = (
+        RewardConfig(name="accuracy_reward", weight=1.0),
+        RewardConfig(name="format_reward", weight=0.2),
+        RewardConfig(name="guideline_reward", weight=0.3),
+    )
+    filter_zero_variance: bool = True
+    """Leave questions whose rollouts all earn the same out of the update, and count them."""
+    save_steps: int = Field(10, ge=1)
+    max_row_tokens: int = Field(8192, ge=64)
+    """Bound on the unique tokens of one packed row."""
+    max_rollout_mismatch: float = Field(1.0, gt=0)
+    """Stop when the mean |trainer - engine| log-prob of a step exceeds this (nat): a wrong adapter is
+    loaded or the engine computes something else."""
+
+    @field_validator("guidelines")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _known_names(value, GUIDELINE_NAMES)
+
+    @field_validator("start")
+    @classmethod
+    def _start(cls, value: str) -> str:
+        _known_names((value,), ("experts_mean", "base", *SPECIALTIES))
+        return value
+
+
+class CaciConfig(Section):
+    """Fields of ``mmedx_fast.ops.MergeSpec``, and how its strength is chosen."""
+
+    method: Literal["ties", "dare_ties", "dare_linear", "linear"] = "ties"
+    density: tuple[float, ...] = (0.3,)
+    """Share of each delta that is kept; several values are tried on the validation set."""
+    scale: tuple[float, ...] = (1.0,)
+    """Lambda, the factor on the merged delta; several values are tried on the validation set."""
+    trim_scope: Literal["tensor", "global"] = "tensor"
+    election: Literal["total", "weighted", "frequency"] = "total"
+    divisor: Literal["count", "weight"] = "count"
+    expert_weight: float = Field(1.0, ge=0)
+    rl_weight: tuple[float, ...] = (1.0,)
+    """Weight of the RL model beside each expert's; several values are tried on the validation set."""
+    seed: int = 0
+    selection_limit: int = Field(120, ge=1)
+    """Validation questions per candidate when there is more than one."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> CaciConfig:
+        for name in ("density", "scale", "rl_weight"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} needs at least one value")
+        bad = [d for d in self.density if not 0 < d <= 1]
+        if bad:
+            raise ValueError(f"density must lie in (0, 1], got {bad}")
+        return self
+
+
+class EvalConfig(Section):
+    models: tuple[str, ...] = ("base", "experts", "rl_start", "rl", "merged")
+    guideline: str | None = None
+    """Ask every question under this guideline; null takes ``guidelines`` in turn by question."""
+    max_completion_length: int = Field(512, ge=1)
+    samples_in_report: int = Field(8, ge=0)
+
+    @field_validator("models")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _known_names(value, ("base", "experts", "rl_start", "rl", "merged"))
+
+    @field_validator("guideline")
+    @classmethod
+    def _guideline(cls, value: str | None) -> str | None:
+        if value is not None:
+            _known_names((value,), GUIDELINE_NAMES)
+        return value
+
+
+class Config(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
+    run_dir: str | None = None
+    """The run's folder; null is ``runs/<name>``."""
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    phantom: PhantomConfig = PhantomConfig()
+    lora: LoraConfig = LoraConfig()
+    dsa: DsaConfig = DsaConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    gba: GbaConfig = GbaConfig()
+    caci: CaciConfig = CaciConfig()
+    eval: EvalConfig = EvalConfig()
+    deepspeed: str | dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
+    """A DeepSpeed JSON file (looked for beside the config, then in the package) or its content."""
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.lora.r > self.rollout.max_lora_rank:
+            raise ValueError(
+                f"lora.r = {self.lora.r} exceeds rollout.max_lora_rank = {self.rollout.max_lora_rank}"
+            )
+        return self
+
+    def fingerprint(self, *sections: str) -> str:
+        """A hash of the named sections: what a finished stage depends on."""
+        data = self.model_dump(mode="json")
+        text = json.dumps({name: data[name] for name in sections}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _known_names(value: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = [name for name in value if name not in allowed]
+    if unknown or not value:
+        raise ValueError(f"unknown {unknown}; choose from {list(allowed)}" if unknown else "is empty")
+    if len(set(value)) != len(value):
+        raise ValueError(f"repeats a name: {list(value)}")
+    return value
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read ``path`` (YAML; null gives the defaults), apply ``a.b=value`` overrides, validate.
+
+    Values of overrides are parsed as YAML, so ``gba.steps=5``, ``gba.guidelines=[bayesian]`` and
+    ``data.train=folder`` all mean what they look like. Raises :class:`ConfigError`.
+    """
+    raw: Any = {}
+    if path is not None:
+        raw = _read_yaml(Path(path))
+    for item in overrides:
+        _apply_override(raw, item)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path or "defaults"))) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if raw is None:
+        raise ConfigError(f"{path} is empty: see configs/demo.yaml for a complete one")
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping at its top level, not {type(raw).__name__}")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], item: str) -> None:
+    key, sep, text = item.partition("=")
+    if not sep or not key.strip():
+        raise ConfigError(f"override {item!r} must look like section.key=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {item!r}: the value is not valid YAML: {error}") from None
+    *parents, last = key.strip().split(".")
+    node = raw
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {item!r}: {name!r} is a value, not a section")
+    node[last] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"  {key}: unknown key; {_suggest(item['loc'])}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"  {key}: {message} (got {_short(item.get('input'))})")
+    return f"{source}: the configuration cannot be used\n" + "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _suggest(loc: tuple[int | str, ...]) -> str:
+    import difflib
+
+    model: Any = Config
+    for part in loc[:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            break
+        model = field.annotation
+    known = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"

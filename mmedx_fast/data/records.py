@@ -1,0 +1,59 @@
+"""The one record that every loader emits, and the vocabulary the whole project shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+SPECIALTIES: tuple[str, ...] = ("adult_medicine", "pediatrics", "brain_senses", "oncology_surgery")
+GUIDELINE_NAMES: tuple[str, ...] = ("differential", "intuitive", "analytic", "bayesian")
+
+AnswerType = Literal["mcq", "yesno", "closed", "open"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageRef:
+    """Where an image lies; nothing is opened until ``mmedx_fast.data.images.load_image``.
+
+    Exactly one of ``path`` (a file), ``data`` (encoded bytes) or ``member`` (a zip file and the name
+    inside it) is set.
+    """
+
+    path: Path | None = None
+    data: bytes | None = dataclasses.field(default=None, repr=False)
+    member: tuple[Path, str] | None = None
+
+    def __post_init__(self) -> None:
+        if sum(source is not None for source in (self.path, self.data, self.member)) != 1:
+            raise ValueError("an ImageRef needs exactly one of path, data and member")
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return str(self.path)
+        if self.member is not None:
+            return f"{self.member[0]}!{self.member[1]}"
+        return f"<{len(self.data or b'')} bytes>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One question, as every stage sees it.
+
+    ``question`` is the stem alone (option text removed), ``options`` maps upper-case letters to option
+    text in the order shown, ``answer`` is the gold option's text (or the free answer), and ``reasoning``
+    maps a guideline name to its step-by-step trace (key ``""`` for a trace of no particular guideline).
+    """
+
+    id: str
+    dataset: str
+    split: str
+    images: tuple[ImageRef, ...]
+    question: str
+    options: dict[str, str] | None
+    answer_label: str | None
+    answer: str
+    answer_type: AnswerType = "mcq"
+    reasoning: dict[str, str] = dataclasses.field(default_factory=dict)
+    specialty: str | None = None
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
