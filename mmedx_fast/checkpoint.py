@@ -1,0 +1,219 @@
+"""Checkpoints: safetensors and JSON, written whole or not at all, checked before they are believed.
+
+``<stage>/checkpoints/step-000010/`` holds ``state.safetensors`` and ``meta.json``; the latter has
+the SHA-256 of the former and of itself. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmedx_fast.atomic import write_folder, write_text
+
+_STEP = re.compile(r"step-(\d{6,})")
+_MAX_STEP = 10**12
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file."""
+
+
+def save_checkpoint(
+    stage_dir: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int = 2
+) -> Path:
+    """Write ``checkpoints/step-<step>`` atomically and delete all but the ``keep`` newest up to
+    ``step``.
+
+    ``tensors``: any shape, dtype and device; views of one storage are stored apart. ``meta``: what
+    JSON can hold (string keys; tuples come back as lists; NaN and infinities survive). Returns the
+    checkpoint's folder. Raises ValueError for bad arguments and ``DiskFullError``; then the earlier
+    checkpoints are as they were.
+    """
+    if not 0 <= step < _MAX_STEP or keep < 1:
+        raise ValueError(f"step = {step} must be in [0, 1e12) and keep = {keep} at least 1")
+    from safetensors.torch import save_file
+
+    try:
+        text = json.dumps(_checked_keys(meta, "meta"), sort_keys=True)
+    except TypeError as error:
+        raise ValueError(
+            f"meta of the checkpoint at step {step} cannot be written as JSON: {error}"
+        ) from None
+    state = _owned(tensors)
+    nbytes = sum(t.numel() * t.element_size() for t in state.values()) + len(text)
+    target = Path(stage_dir) / "checkpoints" / f"step-{step:06d}"
+    with write_folder(target, nbytes) as folder:
+        path = folder / "state.safetensors"
+        save_file(state, path)
+        body = {
+            "format": 1,
+            "step": step,
+            "state": {"sha256": _sha256(path), "bytes": path.stat().st_size},
+            "meta": json.loads(text),
+        }
+        body["checksum"] = _checksum(body)
+        write_text(folder / "meta.json", json.dumps(body, indent=1) + "\n")
+    older = [folder for found, folder in _steps(Path(stage_dir)) if found <= step]
+    for folder in older[keep:]:
+        shutil.rmtree(folder)
+    return target
+
+
+def load_latest(stage_dir: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that is whole: (step, tensors on the CPU, meta), or None when there is
+    none.
+
+    A damaged one (file missing, truncated, wrong checksum) is passed over for the one before it,
+    with a warning that names the file.
+    """
+    for step, folder in _steps(Path(stage_dir)):
+        try:
+            tensors, meta = _read(folder, step)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+            continue
+        return step, tensors, meta
+    return None
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of python's, numpy's and torch's (CPU, every CUDA device) generators.
+
+    Returns tensors (names start with ``rng/``) and a JSON part, both for :func:`set_rng_state`.
+    """
+    import numpy as np
+
+    version, internal, gauss = random.getstate()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {
+        "rng/torch": torch.get_rng_state(),
+        "rng/python": torch.tensor(internal, dtype=torch.int64),
+        "rng/numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"rng/cuda/{index}"] = state
+    info = {
+        "python": {"version": version, "gauss": gauss},
+        "numpy": {
+            "algorithm": str(algorithm),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+    }
+    return tensors, info
+
+
+def set_rng_state(tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+    """Put back what :func:`rng_state` returned; names that do not start with ``rng/`` are ignored.
+
+    Raises :class:`CheckpointError` when a part is missing. With another number of CUDA devices the
+    common ones are set and a warning says that the numbers will differ.
+    """
+    import numpy as np
+
+    missing = [n for n in ("rng/torch", "rng/python", "rng/numpy") if n not in tensors]
+    missing += [n for n in ("python", "numpy") if n not in info]
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks the generator state {missing}")
+    python, numpy = info["python"], info["numpy"]
+    random.setstate((python["version"], tuple(tensors["rng/python"].tolist()), python["gauss"]))
+    keys = tensors["rng/numpy"].numpy().astype(np.uint32)
+    np.random.set_state(
+        (numpy["algorithm"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"])
+    )
+    torch.set_rng_state(tensors["rng/torch"])
+    saved = sum(name.startswith("rng/cuda/") for name in tensors)
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(min(saved, present)):
+        torch.cuda.set_rng_state(tensors[f"rng/cuda/{index}"], index)
+    if saved != present:
+        warnings.warn(
+            f"the checkpoint has generator states of {saved} CUDA devices and {present} are here: "
+            f"sampling on them will not repeat the unbroken run's",
+            stacklevel=2,
+        )
+
+
+def _steps(stage_dir: Path) -> list[tuple[int, Path]]:
+    """Checkpoint folders, newest first."""
+    root = stage_dir / "checkpoints"
+    if not root.is_dir():
+        return []
+    matches = [(_STEP.fullmatch(p.name), p) for p in root.iterdir() if p.is_dir()]
+    return sorted(((int(m[1]), p) for m, p in matches if m), reverse=True)
+
+
+def _read(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path, state = folder / "meta.json", folder / "state.safetensors"
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        checksum = body.pop("checksum")
+        expected = body["state"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint file {path} is damaged or missing ({error})") from None
+    if checksum != _checksum(body) or body["step"] != step:
+        raise CheckpointError(f"checkpoint file {path} does not match its checksum")
+    if not state.is_file():
+        raise CheckpointError(f"checkpoint file {state} is missing")
+    if state.stat().st_size != expected["bytes"]:
+        raise CheckpointError(
+            f"checkpoint file {state} has {state.stat().st_size:,} bytes "
+            f"instead of {expected['bytes']:,}"
+        )
+    try:
+        if _sha256(state) != expected["sha256"]:
+            raise CheckpointError(f"checkpoint file {state} does not match its checksum")
+        return load_file(state, device="cpu"), body["meta"]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint file {state} cannot be read ({error})") from None
+
+
+def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that each own their storage alone: safetensors refuses shared ones."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        held = tensor.detach().to("cpu").contiguous()
+        storage = held.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != held.numel() * held.element_size():
+            held = held.clone()
+        seen.add(held.untyped_storage().data_ptr())
+        out[name] = held
+    return out
+
+
+def _checked_keys(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(
+                    f"{where}: key {key!r} must be a string, or it would come back as one"
+                )
+        return {key: _checked_keys(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_checked_keys(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    return value
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
