@@ -1,0 +1,1 @@
+"""Records, the loaders that make them, images and specialties."""

@@ -1,0 +1,114 @@
+"""MedXpertQA (https://huggingface.co/datasets/TsinghuaC3I/MedXpertQA), subsets MM and Text, both
+public spellings.
+
+- Hub: ``options`` {letter: text}, ``label`` a letter, ``images`` a list of bare file names.
+- GitHub evaluation input: ``options`` a list of {letter, content}, ``label`` a list of letters,
+  ``images`` a list of {image_path}.
+
+Every published stem repeats its options after "Answer Choices:"; that part is cut off.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mmedx_fast.data.records import Record
+from mmedx_fast.data.rows import (
+    Loader,
+    Row,
+    RowContext,
+    RowError,
+    clean_options,
+    id_field,
+    label_field,
+    read_jsonl,
+    required_text,
+    specialty_field,
+    split_files,
+)
+
+_CHOICES = re.compile(r"(?:^|\s*\n)\s*Answer Choices:")
+_USED = ("id", "question", "options", "label", "images", "specialty")
+
+
+def detect(row: Row) -> bool:
+    """Whether a row has MedXpertQA's columns; MMedExpert says ``answer_label`` instead of
+    ``label``.
+    """
+    return {"id", "question", "options", "label"} <= row.keys() and "answer_label" not in row
+
+
+def parse(row: Row, number: int, context: RowContext) -> Record:
+    """One row to a record; raises ``RowError``."""
+    if context.require_reasoning:
+        raise RowError("reasoning", None, "MedXpertQA has no reasoning traces to train on")
+    options = clean_options(_options(row.get("options")))
+    label = label_field({"label": _single(row.get("label"))}, "label", options)
+    stem = _strip_choices(required_text(row, "question"))
+    return Record(
+        id=f"medxpertqa:{id_field(row)}",
+        dataset="medxpertqa",
+        split=context.split,
+        images=tuple(context.images.find(name) for name in _image_names(row.get("images"))),
+        question=stem,
+        options=options,
+        answer_label=label,
+        answer=options[label],
+        specialty=specialty_field(row),
+        meta={key: value for key, value in row.items() if key not in _USED},
+    )
+
+
+def _strip_choices(question: str) -> str:
+    """The stem before its last "Answer Choices:" line."""
+    marks = list(_CHOICES.finditer(question))
+    stem = question[: marks[-1].start()].strip() if marks else question
+    if not stem:
+        raise RowError("question", question, "question has no text before its options")
+    return stem
+
+
+def _options(raw: Any) -> Any:
+    if not isinstance(raw, list):
+        return raw
+    options: dict[str, Any] = {}
+    for item in raw:
+        if not isinstance(item, dict) or "letter" not in item or "content" not in item:
+            raise RowError("options", item, "option is not an object with letter and content")
+        if str(item["letter"]) in options:
+            raise RowError("options", item, "option letter is not one letter, or twice there")
+        options[str(item["letter"])] = item["content"]
+    return options
+
+
+def _single(label: Any) -> Any:
+    if not isinstance(label, list):
+        return label
+    if len(label) != 1:
+        raise RowError("label", label, "not exactly one gold letter")
+    return label[0]
+
+
+def _image_names(raw: Any) -> list[str]:
+    if raw is None:
+        return []
+    if not isinstance(raw, list):
+        raise RowError("images", raw, "images is not a list")
+    names = []
+    for item in raw:
+        name = item.get("image_path") if isinstance(item, dict) else item
+        if not isinstance(name, str):
+            raise RowError("images", raw, "image is not a file name")
+        names.append(name)
+    return names
+
+
+LOADER = Loader(
+    name="medxpertqa",
+    columns="id, question, options, label, images",
+    detect=detect,
+    parse=parse,
+    files=split_files,
+    rows=read_jsonl,
+)

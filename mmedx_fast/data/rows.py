@@ -1,0 +1,264 @@
+"""What all loaders share: a loader's shape, reading JSONL line by line, checks of common fields,
+finding images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmedx_fast.data.images import zip_members
+from mmedx_fast.data.records import SPECIALTIES, ImageRef, Record
+
+Row = dict[str, Any]
+
+SPLIT_NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test",),
+}
+"""The names under which a split's file is found; a split not listed goes by its own name."""
+
+MAX_LINE_BYTES = 64 << 20
+_LETTER = re.compile(r"[A-Z]")
+
+
+class RowError(ValueError):
+    """One row that cannot be used. ``reason`` is a fixed phrase (rows are counted by it), ``value``
+    what stood there.
+    """
+
+    def __init__(self, field: str, value: Any, reason: str) -> None:
+        super().__init__(f"{field}={value!r}: {reason}")
+        self.field = field
+        self.value = value
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class RowContext:
+    """What a loader may know besides the row and its number: what the caller asked for, and the
+    images.
+    """
+
+    split: str
+    require_reasoning: bool
+    images: ImageFinder
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """One data format.
+
+    ``detect(row)`` says whether a raw row is of this format; ``files(path, split)`` lists the files
+    of a split under a file or folder; ``rows(file)`` yields (row number from 1, raw row or the
+    ``RowError`` that it is); ``parse(row, number, context)`` makes the record or raises
+    ``RowError``. ``columns`` names the format's columns, for messages.
+    """
+
+    name: str
+    columns: str
+    detect: Callable[[Row], bool]
+    parse: Callable[[Row, int, RowContext], Record]
+    files: Callable[[Path, str], list[Path]]
+    rows: Callable[[Path], Iterator[tuple[int, Row | RowError]]]
+
+
+class ImageFinder:
+    """Turns the image names of rows into ``ImageRef``; looks at directories, never into images.
+
+    A name is looked for beside the data file, in ``images/`` there, the same one folder up, and in
+    an
+    ``images.zip`` beside each; first as written, then by its last component alone. With
+    ``check=False`` a name that is not found is taken to lie in ``images/`` (or beside the file)
+    instead of being refused.
+    """
+
+    def __init__(self, file: Path, *, check: bool = True) -> None:
+        home = file.parent
+        self._check = check
+        self._folders = [home, home / "images", home.parent, home.parent / "images"]
+        self._zips = [z for z in (home / "images.zip", home.parent / "images.zip") if z.is_file()]
+        self._members: dict[Path, dict[str, str]] = {}
+
+    def find(self, name: str, field: str = "images") -> ImageRef:
+        """The image of that name; raises ``RowError`` when it is not there."""
+        if not name.strip():
+            raise RowError(field, name, "image name is empty")
+        for spelling in dict.fromkeys((name, Path(name).name)):
+            for folder in self._folders:
+                if os.path.isfile(folder / spelling):  # False, not an error, for impossible names
+                    return ImageRef(path=folder / spelling)
+            for archive in self._zips:
+                member = self._index(archive).get(spelling)
+                if member is not None:
+                    return ImageRef(member=(archive, member))
+        if self._check:
+            raise RowError(field, name, "image file is missing")
+        return ImageRef(path=self._folders[1 if self._folders[1].is_dir() else 0] / name)
+
+    def _index(self, archive: Path) -> dict[str, str]:
+        """Full names, names under ``images/`` and, where unambiguous, last components."""
+        if archive not in self._members:
+            names = [n for n in zip_members(archive) if not n.endswith("/")]
+            index: dict[str, str] = {}
+            ambiguous: set[str] = set()
+            for name in names:
+                base = name.rpartition("/")[2]
+                if index.setdefault(base, name) != name:
+                    ambiguous.add(base)
+            for base in ambiguous:
+                del index[base]
+            index.update({n.removeprefix("images/"): n for n in names if n.startswith("images/")})
+            index.update({n: n for n in names})
+            self._members[archive] = index
+        return self._members[archive]
+
+
+def split_files(path: Path, split: str, suffix: str = ".jsonl") -> list[Path]:
+    """The one file of a split: ``path`` itself, or ``<path>/<split><suffix>`` under any of the
+    split's names, or the same one folder down. Raises ``ValueError`` when there is none or more
+    than one to choose from.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder; check the data path")
+    wanted = [name + suffix for name in SPLIT_NAMES.get(split, (split,))]
+    found = [path / name for name in wanted if (path / name).is_file()]
+    if not found:
+        found = sorted(f for name in wanted for f in path.glob(f"*/{name}") if f.is_file())
+    if len(found) > 1:
+        listed = ", ".join(str(f.relative_to(path)) for f in found)
+        raise ValueError(
+            f"{path}: several files for split {split!r} ({listed}); give the one meant"
+        )
+    if not found:
+        present = sorted(str(f.relative_to(path)) for f in path.glob(f"**/*{suffix}"))[:10]
+        raise ValueError(
+            f"{path}: no file for split {split!r} (looked for {', '.join(wanted)}; "
+            f"{suffix} files there: {', '.join(present) or 'none'}); "
+            "give the file itself or rename it"
+        )
+    return found
+
+
+def read_jsonl(file: Path) -> Iterator[tuple[int, Row | RowError]]:
+    """Yield (line number from 1, object or ``RowError``), one line in memory at a time; blank lines
+    are passed over.
+    """
+    with file.open("rb") as lines:
+        number = 0
+        while line := lines.readline(MAX_LINE_BYTES):
+            number += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                _skip_line(lines)
+                yield number, RowError("line", line[:80], f"line over {MAX_LINE_BYTES} bytes")
+                continue
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, _parse_line(line)
+
+
+def _skip_line(lines: Any) -> None:
+    while (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+        pass
+
+
+def _parse_line(line: bytes) -> Row | RowError:
+    try:
+        text = line.decode("utf-8")
+        row = json.loads(text)
+        if (
+            "\\ud" in text or "\\uD" in text
+        ):  # half of a surrogate pair could never be written out again
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeError:
+        return RowError("line", line[:80], "not valid UTF-8")
+    except (ValueError, RecursionError):
+        return RowError("line", line[:80], "malformed JSON")
+    return row if isinstance(row, dict) else RowError("line", row, "not a JSON object")
+
+
+def text_field(row: Mapping[str, Any], field: str, *, required: bool = True) -> str | None:
+    """A text column, stripped; ``None`` when it is absent, null or blank and not required."""
+    value = row.get(field)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        if required:
+            raise RowError(field, value, f"{field} is missing or empty")
+        return None
+    if not isinstance(value, str):
+        raise RowError(field, value, f"{field} is not text")
+    return value.strip()
+
+
+def required_text(row: Mapping[str, Any], field: str) -> str:
+    value = text_field(row, field)
+    assert value is not None
+    return value
+
+
+def id_field(row: Mapping[str, Any], field: str = "id") -> str:
+    """A row's own id as text; whole numbers are taken too."""
+    value = row.get(field)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return required_text(row, field)
+
+
+def clean_options(raw: Any, field: str = "options") -> dict[str, str]:
+    """Options as {upper-case letter: text} in the order given.
+
+    The letters' own prefixes (``A:``, ``A.``, ``(A)``) go only if every option carries one, since
+    an option may begin like that by itself ("A. fumigatus"); a pair of outer quotes goes too.
+    """
+    if not isinstance(raw, Mapping):
+        raise RowError(field, raw, "options are not a mapping of letter to text")
+    options: dict[str, str] = {}
+    for letter, text in raw.items():
+        key = str(letter).strip().upper()
+        if not _LETTER.fullmatch(key) or key in options:
+            raise RowError(field, letter, "option letter is not one letter, or twice there")
+        if isinstance(text, (int, float)) and not isinstance(text, bool):
+            text = str(text)
+        if not isinstance(text, str) or not text.strip():
+            raise RowError(f"{field}.{key}", text, "option text is missing or empty")
+        options[key] = text.strip()
+    if len(options) < 2:
+        raise RowError(field, raw, "fewer than two options")
+    prefixes = {k: re.match(rf"\(?{k}\s*[).:]\s*(?=\S)", t, re.I) for k, t in options.items()}
+    if all(prefixes.values()):
+        options = {
+            k: t[m.end() :]
+            for (k, t), m in zip(options.items(), prefixes.values(), strict=True)
+            if m
+        }
+    return {key: _unquote(text) for key, text in options.items()}
+
+
+def _unquote(text: str) -> str:
+    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]:
+        return text[1:-1].strip()
+    return text
+
+
+def label_field(row: Mapping[str, Any], field: str, options: Mapping[str, str]) -> str:
+    """The gold letter, upper-case; must be one of the options."""
+    label = required_text(row, field).upper()
+    if label not in options:
+        raise RowError(field, label, "answer is not among the options")
+    return label
+
+
+def specialty_field(row: Mapping[str, Any]) -> str | None:
+    """The explicit specialty column that any format may have; it overrides the rules."""
+    specialty = text_field(row, "specialty", required=False)
+    if specialty is not None and specialty not in SPECIALTIES:
+        raise RowError("specialty", specialty, f"specialty is not one of {', '.join(SPECIALTIES)}")
+    return specialty
