@@ -55,7 +55,7 @@ def torch_cuda_version() -> str | None:
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("torch is not installed; install mmedx-fast with its dependencies")
+        raise ModuleNotFoundError("torch is not installed: pip install mmedx-fast")
     path = Path(spec.submodule_search_locations[0]) / "version.py"
     version_spec = importlib.util.spec_from_file_location("_mmedx_torch_version", path)
     assert version_spec is not None and version_spec.loader is not None
@@ -80,7 +80,10 @@ def default_device() -> str:
 
 def threads_per_rank() -> int:
     """Cores this process may use, shared out over the ranks a launcher started on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(cores, _container_cores()) // max(1, ranks))
 
@@ -137,8 +140,8 @@ def _find_ninja(changed: dict[str, str | None]) -> None:
     """DeepSpeed builds an op at first use and raises without ninja, which pip put beside python."""
     folder = Path(sys.executable).parent
     if shutil.which("ninja") is None and (folder / "ninja").exists():
-        path = os.environ.get("PATH", "")
-        os.environ["PATH"] = changed["PATH"] = f"{path}{os.pathsep}{folder}" if path else str(folder)
+        entries = [entry for entry in (os.environ.get("PATH"), str(folder)) if entry]
+        os.environ["PATH"] = changed["PATH"] = os.pathsep.join(entries)
 
 
 def _prepend(name: str, entry: str, changed: dict[str, str | None]) -> None:

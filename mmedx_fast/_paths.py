@@ -10,9 +10,7 @@ CONFIG_DIR = PACKAGE_DIR / "configs"
 
 def shipped_configs() -> list[str]:
     """Names of the YAML recipes inside the installed package, such as `demo.yaml`, sorted."""
-    return sorted(
-        path.relative_to(CONFIG_DIR).as_posix() for path in CONFIG_DIR.rglob("*.yaml")
-    )
+    return sorted(path.relative_to(CONFIG_DIR).as_posix() for path in CONFIG_DIR.rglob("*.yaml"))
 
 
 def find_config(name: str | Path) -> Path:

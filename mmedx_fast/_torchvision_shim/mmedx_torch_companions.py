@@ -1,7 +1,7 @@
 """Import hook that lets torchvision, torchaudio and torchcodec fail to load in a way others expect.
 
 Standard library only, and torch is not imported here: `install` adds a finder that waits for the
-modules in question. Where their compiled parts do load, and beside a CUDA torch, it changes nothing.
+modules in question. Where their compiled parts load, and beside a CUDA torch, it changes nothing.
 Using an operator that is missing still fails, with that package's own error.
 """
 
