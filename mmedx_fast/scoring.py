@@ -1,0 +1,232 @@
+"""Answer extraction and the two scorers: ``strict`` (reward, headline) and MedEvalKit-compatible.
+
+``strict`` never guesses: a completion whose answer cannot be read counts as unparsed, hence wrong.
+``medevalkit_score`` follows the published behaviour of MedEvalKit's judges, including the fallback
+to the most similar option, so that numbers can be put beside other papers'. It must never be a
+reward: the fallback pays for noise and even for the empty string.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Mapping
+
+_FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_ANSWER_LINE = re.compile(r"answer(?:\s+is\b\s*:?|\s*\**\s*:)[ \t]*([^\n]*)", re.IGNORECASE)
+_WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|mathbf|boxed)\s*\{([^{}]*)\}")
+_LETTER_ALONE = re.compile(r"[\s*_(\[\"']*([A-Za-z])[\s*_)\]\"'.:,]*", re.DOTALL)
+_LETTER_REST = re.compile(r"[\s*_(\[\"']*([A-Za-z])[*_]*[)\].:,]+[*_]*\s*(\S.*)", re.DOTALL)
+_HEDGE = re.compile(
+    r"(?:or|and|/|,|&)\s*[*_(\[]*[A-Za-z](?![A-Za-z])|[*_(\[]*[A-Za-z](?:[)\].:,*_]|$)",
+    re.IGNORECASE,
+)
+_STRIP = " \t\n.,;:!?\"'`*_\u3002\uff0c\uff1a"  # not + and -: "HER2+" and "HER2-" are two options
+_BRACKETED = re.compile(r"\(([^()]*)\)|\[([^\[\]]*)\]")
+_MEDEVALKIT_MARKERS = (
+    "**answer**:", "**answer**", "*answer*:", "**answer:**", "answer is", "answer:",
+    "\u7b54\u6848:", "final answer", "final answer is",
+)  # fmt: skip
+
+
+def normalise(text: str) -> str:
+    """One case and Unicode form, single blanks, no stops, quotes or brackets around the whole."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_STRIP)
+    wrapped = _BRACKETED.fullmatch(folded)
+    return normalise(wrapped.group(1) or wrapped.group(2) or "") if wrapped else folded
+
+
+def format_ok(text: str) -> bool:
+    """Whether all of it is ``<think>..</think><answer>..</answer>``, each tag once, none empty."""
+    if any(text.count(tag) != 1 for tag in _TAGS):
+        return False
+    match = _FORMAT.fullmatch(text)
+    return match is not None and all(part.strip() for part in match.groups())
+
+
+def think_text(text: str) -> str:
+    """The reasoning: inside the first ``<think>``, else what precedes ``<answer>``, else the whole
+    text.
+
+    An unclosed ``<think>`` (a completion cut by its length limit) runs to ``<answer>`` or the end.
+    """
+    head, opened, tail = text.partition("<think>")
+    body = tail if opened else head
+    for end in ("</think>", "<answer>"):
+        body = body.partition(end)[0]
+    return body.strip()
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last ``\boxed{...}`` whose braces balance, or None."""
+    start = text.rfind("\\boxed")
+    while start != -1:
+        opening = start + len("\\boxed")
+        while opening < len(text) and text[opening].isspace():
+            opening += 1
+        if opening < len(text) and text[opening] == "{":
+            depth = 0
+            for position in range(opening, len(text)):
+                depth += {"{": 1, "}": -1}.get(text[position], 0)
+                if depth == 0:
+                    return text[opening + 1 : position]
+        start = text.rfind("\\boxed", 0, start)
+    return None
+
+
+def _unwrap(span: str) -> str:
+    boxed = last_boxed(span)
+    span = span if boxed is None else boxed
+    while True:
+        unwrapped = _WRAPPER.sub(r"\1", span)
+        if unwrapped == span:
+            return span.strip().strip("$").strip()
+        span = unwrapped
+
+
+def answer_span(text: str) -> str | None:
+    r"""The text that states the answer, before it is matched with the options; None if there is
+    none.
+
+    In this order: the last closed ``<answer>`` block, the last balanced ``\boxed{}``, the last
+    "answer is ..." or "answer: ..." line. The last two are looked for after a closed ``</think>``
+    if there is one, so that a thought on the way is not read as the answer.
+    """
+    blocks = _ANSWER_BLOCK.findall(text)
+    if blocks:
+        return _unwrap(blocks[-1].rpartition("<answer>")[2])
+    if "</think>" in text:
+        text = text.rpartition("</think>")[2]
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return _unwrap(boxed)
+    lines = _ANSWER_LINE.findall(text)
+    return _unwrap(lines[-1]) if lines else None
+
+
+def match_option(span: str, options: Mapping[str, str]) -> str | None:
+    """The option letter a span states, or None if it states none or is ambiguous.
+
+    A lone letter in range (brackets, stars and a stop allowed), else the exact normalised text of
+    just one option, else a letter with its mark followed by more ("B. Pericarditis"); the article
+    of "A patient ..." is no letter, and a second letter or another option's text after the first is
+    a hedge.
+    """
+    letters = {letter.upper(): letter for letter in options}
+    alone = _LETTER_ALONE.fullmatch(span)
+    if alone is not None:
+        return letters.get(alone.group(1).upper())
+    wanted = normalise(span)
+    same = [letter for letter, text in options.items() if normalise(text) == wanted]
+    if wanted and same:
+        return same[0] if len(same) == 1 else None
+    marked = _LETTER_REST.fullmatch(span)
+    if marked is not None and marked.group(1).upper() in letters:
+        letter, rest = letters[marked.group(1).upper()], marked.group(2)
+        stated = normalise(rest)
+        own = stated == normalise(options[letter])
+        other = any(stated == normalise(text) for text in options.values())
+        return letter if own or not (other or _HEDGE.match(rest)) else None
+    head, _, rest = span.strip(_STRIP).partition(" ")
+    if head in letters and normalise(rest) == normalise(options[letters[head]]):
+        return letters[head]
+    return None
+
+
+def extract_answer(text: str, options: Mapping[str, str] | None) -> str | None:
+    """The option letter that a completion answers, or None (unparsed).
+
+    Without ``options`` (open and yes/no questions) the normalised answer text, or None.
+    """
+    span = answer_span(text)
+    if span is None:
+        return None
+    if options is None:
+        return normalise(span) or None
+    return match_option(span, options)
+
+
+def gold_letter(options: Mapping[str, str], answer: str) -> str:
+    """The letter of the gold ``answer``, itself a letter or an option's text; else ValueError."""
+    letter = answer.strip() if answer.strip() in options else match_option(answer, options)
+    if letter is None:
+        raise ValueError(
+            f"answer {answer!r} is neither a letter nor the text of exactly one of the options "
+            f"{dict(options)!r}; correct the row's answer or options"
+        )
+    return letter
+
+
+def strict_score(text: str, options: Mapping[str, str] | None, answer: str) -> float:
+    """1.0 if the answer read from the completion is the gold one, else 0.0 (also when unparsed).
+
+    ``answer`` is the gold letter or option text, or, without ``options``, the gold text (compared
+    after :func:`normalise`).
+    """
+    predicted = extract_answer(text, options)
+    gold = normalise(answer) if options is None else gold_letter(options, answer)
+    return float(predicted is not None and predicted == gold)
+
+
+def _tag_content(text: str) -> str:
+    blocks = _ANSWER_BLOCK.findall(text)
+    return " ".join(blocks) if blocks else text
+
+
+def _medevalkit_parse(response: str) -> str:
+    if "boxed" in response:
+        boxed = last_boxed(response)
+        response = "None" if boxed is None else boxed  # the word, as MedEvalKit's parser returns
+    elif "<answer>" in response:
+        response = _tag_content(response)
+    for marker in _MEDEVALKIT_MARKERS:
+        response = response.rpartition(marker)[2]
+    return response
+
+
+def medevalkit_score(
+    text: str, options: Mapping[str, str] | None, answer: str, *, answer_tag: bool = True
+) -> float:
+    """1.0 or 0.0 as MedEvalKit's rule-based judges would say (no LLM judge).
+
+    ``answer_tag`` takes the ``<answer>`` contents first, as its MedXpertQA and OmniMedVQA tasks do
+    (PMC-VQA does not). Options are compared in the form "B. text". Without ``options`` the yes/no,
+    closed and open rules apply to a text answer. MedEvalKit has no unparsed state: what it cannot
+    read becomes the most similar option, the first one on a tie.
+    """
+    if options is None:
+        return _medevalkit_text(text, answer)
+    if answer_tag:
+        text = _tag_content(text)
+    letters = [letter.lower() for letter in options]
+    strings = [f"{letter}. {option}".lower() for letter, option in options.items()]
+    gold = gold_letter(options, answer).lower()
+    response = text.lower()
+    paragraphs = response.split("\n\n")
+    if paragraphs[0] in letters:
+        response = paragraphs[0]
+    elif paragraphs[-1].partition(".")[0] in letters:
+        response = paragraphs[-1].partition(".")[0]
+    response = _medevalkit_parse(response).strip().lower().replace("\n", "")
+    short = response.partition(".")[0].rpartition(":")[2]
+    if short in letters or short in strings:
+        index = letters.index(short) if short in letters else strings.index(short)
+    else:
+        ratios = [difflib.SequenceMatcher(None, option, response).ratio() for option in strings]
+        index = ratios.index(max(ratios))
+    return float(letters[index] == gold)
+
+
+def _medevalkit_text(text: str, answer: str) -> float:
+    boxed = last_boxed(text)
+    response = (_tag_content(text) if boxed is None else boxed).lower()
+    gold = answer.strip().lower()
+    if gold in ("yes", "no"):  # a substring rule: "nodule" holds a "no"
+        other = "no" if gold == "yes" else "yes"
+        return float(gold in response and other not in response)
+    return float(
+        response.replace("\n", "").replace(".", "").strip() == gold.replace(".", "").strip()
+    )
