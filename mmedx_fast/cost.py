@@ -1,0 +1,367 @@
+"""What a run will cost: tokens, FLOPs, memory and GPU hours, stage by stage.
+
+Imports no torch: ``mmedx plan`` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmedx_fast.config import Config
+from mmedx_fast.flops import (
+    Counts,
+    ModelShape,
+    forward_flops,
+    one_level_tokens,
+    plain_counts,
+    train_flops,
+    tree_counts,
+)
+from mmedx_fast.meter import PhaseMeter, render_table
+
+__all__ = [
+    "Assumptions",
+    "Counts",
+    "ModelShape",
+    "PhaseMeter",
+    "forward_flops",
+    "one_level_tokens",
+    "plain_counts",
+    "plan",
+    "plan_text",
+    "render_table",
+    "train_flops",
+    "tree_counts",
+]
+
+_VISION_2_5 = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
+
+def _known(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocab,
+    }
+
+
+KNOWN_MODELS: dict[str, dict[str, Any]] = {
+    "qwen2.5-vl-7b-instruct": _known(3584, 18944, 28, 28, 4, 152064)
+    | {"vision_config": _VISION_2_5},
+    "qwen2.5-vl-3b-instruct": _known(2048, 11008, 36, 16, 2, 151936)
+    | {"vision_config": _VISION_2_5, "tie_word_embeddings": True},
+    "qwen2-vl-2b-instruct": _known(1536, 8960, 28, 12, 2, 151936)
+    | {"vision_config": {"depth": 32, "embed_dim": 1280}, "tie_word_embeddings": True},
+}
+"""Sizes from the models' published ``config.json``, for a plan made before anything is
+downloaded."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What a plan cannot read from the configuration; every number is printed with the plan."""
+
+    tflops: float = 400.0
+    """Sustained bf16 TFLOP/s of one GPU (about 40 % of an H100's or H200's peak)."""
+    bandwidth: float = 2.4
+    """Sustained memory bandwidth in TB/s, the bound of decoding."""
+    text_tokens: int = 200
+    """Question, options and chat frame, without image and guideline."""
+    guideline_tokens: int = 60
+    response_tokens: int | None = None
+    """Mean response length; null takes half of ``rollout.max_completion_length``."""
+    image_tokens: int | None = None
+    """All images of a question; null takes one image of ``model.max_pixels``."""
+    test_questions: int | None = None
+    """Null takes the phantom's size or ``data.limit``, else 2000 (MedXpertQA-MM's test set)."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not (
+                value > 0 or (field.name == "image_tokens" and value == 0)
+            ):
+                raise ValueError(f"{field.name} = {value} must be above 0")
+
+
+def plan(
+    cfg: Config,
+    assume: Assumptions | None = None,
+    *,
+    model_config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Estimate a run: rows, tokens, FLOPs, memory and GPU hours of every stage, as plain JSON.
+
+    ``model_config`` is a Hugging Face config; null finds the model's own on disk, or takes the
+    sizes of a known model. ``*_plain`` values are the same work with one sequence per rollout
+    instead of a tree. Raises ValueError when the model is neither on disk nor known.
+    """
+    assume = assume or Assumptions()
+    model = ModelShape.from_config(model_config or _find_model(cfg.model.path))
+    facts = _Facts(cfg, assume, model)
+    stages = [facts.dsa(), facts.rollout(), facts.update(), facts.evaluation()]
+    keys = ("flops", "flops_plain", "gpu_hours", "gpu_hours_plain")
+    return {
+        "model": {
+            "path": cfg.model.path,
+            "parameters": model.params,
+            "lora_parameters": model.lora_params(cfg.lora.r),
+            "gflops_per_token": model.token_flops() / 1e9,
+        },
+        "assumptions": dataclasses.asdict(assume) | facts.lengths(),
+        "stages": stages,
+        "total": {key: sum(stage[key] for stage in stages) for key in keys},
+        "memory": facts.memory(),
+    }
+
+
+class _Facts:
+    """The numbers behind one plan; every method gives one of its rows."""
+
+    def __init__(self, cfg: Config, assume: Assumptions, model: ModelShape):
+        self.cfg, self.assume, self.model = cfg, assume, model
+        image = assume.image_tokens
+        self.image = _max_image_tokens(cfg, model) if image is None else image
+        self.prompt = self.image + assume.text_tokens
+        self.guideline = assume.guideline_tokens
+        self.response = assume.response_tokens or max(1, cfg.rollout.max_completion_length // 2)
+        self.bytes = 2 if cfg.model.dtype == "bfloat16" else 4
+
+    def lengths(self) -> dict[str, int]:
+        return {
+            "image_tokens": self.image,
+            "prompt_tokens": self.prompt,
+            "response_tokens": self.response,
+            "test_questions": self._test_questions(),
+        }
+
+    def dsa(self) -> dict[str, Any]:
+        """Every question under every guideline's trace, packed as a tree with one response each."""
+        dsa = self.cfg.dsa
+        rows = 0 if dsa.reuse else len(dsa.specialties) * dsa.steps * dsa.questions_per_step
+        return self._train("DSA: experts", rows, len(self.cfg.gba.guidelines), n=1, passes=1)
+
+    def update(self) -> dict[str, Any]:
+        gba = self.cfg.gba
+        rows = gba.steps * gba.questions_per_step
+        n, inner = self.cfg.rollout.num_generations, gba.num_iterations
+        forwards = (inner > 1) + (gba.loss.beta > 0)
+        guidelines = len(gba.guidelines)
+        return self._train("GBA: updates", rows, guidelines, n=n, passes=inner, forwards=forwards)
+
+    def rollout(self) -> dict[str, Any]:
+        gba, n = self.cfg.gba, self.cfg.rollout.num_generations
+        batch = gba.questions_per_step * len(gba.guidelines) * n
+        return self._generate(
+            "GBA: rollouts", gba.steps, gba.questions_per_step, len(gba.guidelines), n, batch
+        )
+
+    def evaluation(self) -> dict[str, Any]:
+        models = self.cfg.eval.models
+        caci = self.cfg.caci
+        count = len(models) + ("experts" in models) * (len(self.cfg.dsa.specialties) - 1)
+        candidates = len(caci.density) * len(caci.scale) * len(caci.rl_weight)
+        questions = count * self._test_questions()
+        questions += candidates * caci.selection_limit if candidates > 1 else 0
+        return self._generate("CACI and evaluation", 1, questions, 1, 1, questions)
+
+    def memory(self) -> list[dict[str, Any]]:
+        """Bytes on one GPU without ZeRO sharding; the parts, largest uncertainty in the
+        activations."""
+        cfg, model = self.cfg, self.model
+        tokens = min(cfg.gba.max_row_tokens, self._tree(len(cfg.gba.guidelines), self._n()).tokens)
+        width = 4 * model.hidden + 3 * model.intermediate
+        layer = tokens * width * self.bytes
+        kept = tokens * model.hidden * self.bytes * model.layers
+        activations = kept + layer if cfg.model.gradient_checkpointing else layer * model.layers
+        sequence = self.prompt + self.guideline + cfg.rollout.max_completion_length
+        cache = cfg.rollout.max_num_seqs * sequence * model.kv_bytes(self.bytes)
+        weights = model.params * self.bytes
+        engine = weights if cfg.rollout.engine == "vllm" else 0
+        parts = {
+            "trainer weights (frozen)": weights,
+            "rollout engine weights": engine,
+            "KV cache, all sequences at full length": cfg.rollout.kv_cache_memory_bytes or cache,
+            "LoRA: weights, gradient, fp32 master, Adam": 16 * model.lora_params(cfg.lora.r),
+            f"activations of a row of {tokens:,} tokens": activations,
+        }
+        return [{"part": name, "bytes": int(size)} for name, size in parts.items()]
+
+    def _n(self) -> int:
+        return self.cfg.rollout.num_generations
+
+    def _tree(self, guidelines: int, n: int) -> Counts:
+        lengths = (self.prompt, self.guideline, self.response)
+        return tree_counts(*lengths, guidelines=guidelines, n=n)
+
+    def _train(
+        self, name: str, rows: int, guidelines: int, *, n: int, passes: int, forwards: int = 0
+    ) -> dict[str, Any]:
+        lengths = (self.prompt, self.guideline, self.response)
+        pair = [self._tree(guidelines, n), plain_counts(*lengths, guidelines=guidelines, n=n)]
+        flops = [
+            rows
+            * (passes * self._step_flops(c) + forwards * forward_flops(self.model, c, self.image))
+            for c in pair
+        ]
+        tokens = [rows * c.tokens for c in pair]
+        return self._row(name, rows, rows * guidelines * n, tokens, flops)
+
+    def _step_flops(self, counts: Counts) -> float:
+        checkpointing = self.cfg.model.gradient_checkpointing
+        rank = self.cfg.lora.r
+        return train_flops(
+            self.model, counts, self.image, lora_rank=rank, checkpointing=checkpointing
+        )
+
+    def _generate(
+        self, name: str, calls: int, questions: int, guidelines: int, n: int, batch: int
+    ) -> dict[str, Any]:
+        """``calls`` batches of ``questions``. Decoding reads weights and cache once per token
+        step."""
+        tree = self._tree(guidelines, n)
+        rows, rollouts = calls * questions, calls * questions * guidelines * n
+        bare = (self.prompt, self.guideline, 0)
+        plain = plain_counts(self.prompt, self.guideline, self.response, guidelines=guidelines, n=n)
+        cold = plain_counts(*bare, guidelines=guidelines, n=n)
+        flops = [rows * forward_flops(self.model, c, self.image) for c in (tree, plain)]
+        tokens = [rows * c.tokens for c in (tree, plain)]
+        at_once = max(1, min(batch, self.cfg.rollout.max_num_seqs))
+        steps = calls * math.ceil(batch / at_once) * self.response
+        context = self.prompt + self.guideline + self.response / 2
+        cache = rollouts * self.response * context * self.model.kv_bytes(self.bytes)
+        reads = (steps * self.model.params * self.bytes + cache) / (self.assume.bandwidth * 1e12)
+        shared = self._tree(guidelines, n).tokens - tree.targets
+        row = self._row(name, rows, rollouts, tokens, flops, at_least=reads)
+        return row | {"prefill_tokens": rows * shared, "prefill_tokens_plain": rows * cold.tokens}
+
+    def _row(
+        self,
+        name: str,
+        rows: int,
+        rollouts: int,
+        tokens: Sequence[int],
+        flops: Sequence[float],
+        at_least: float = 0.0,
+    ) -> dict[str, Any]:
+        hours = [max(f / (self.assume.tflops * 1e12), at_least) / 3600 for f in flops]
+        return {
+            "stage": name,
+            "rows": rows,
+            "responses": rollouts,
+            "tokens": tokens[0],
+            "tokens_plain": tokens[1],
+            "flops": flops[0],
+            "flops_plain": flops[1],
+            "gpu_hours": hours[0],
+            "gpu_hours_plain": hours[1],
+        }
+
+    def _test_questions(self) -> int:
+        if self.assume.test_questions is not None:
+            return self.assume.test_questions
+        data = self.cfg.data
+        whole = self.cfg.phantom.test if data.test == "phantom" else data.limit or 2000
+        return min(whole, data.limit or whole)
+
+
+def plan_text(estimate: Mapping[str, Any]) -> str:
+    """A plan as text: stages, total, memory and everything that was assumed."""
+    model, assumed, total = estimate["model"], estimate["assumptions"], estimate["total"]
+    rows = [
+        [
+            stage["stage"],
+            f"{stage['rows']:,}",
+            f"{stage['responses']:,}",
+            _count(stage["tokens"]),
+            f"{stage['tokens_plain'] / stage['tokens']:.2f}x" if stage["tokens"] else "-",
+            f"{stage['flops'] / 1e15:,.3g}",
+            f"{stage['gpu_hours']:,.3g}",
+            f"{stage['gpu_hours_plain']:,.3g}",
+        ]
+        for stage in estimate["stages"]
+    ]
+    hours = [f"{total[key]:,.3g}" for key in ("gpu_hours", "gpu_hours_plain")]
+    rows.append(["total", "", "", "", "", f"{total['flops'] / 1e15:,.3g}", *hours])
+    headers = [
+        "stage",
+        "questions",
+        "responses",
+        "tokens",
+        "saved",
+        "PFLOP",
+        "GPU h",
+        "plain GPU h",
+    ]
+    memory = [[part["part"], f"{part['bytes'] / 2**30:.2f}"] for part in estimate["memory"]]
+    memory.append(["total", f"{sum(p['bytes'] for p in estimate['memory']) / 2**30:.2f}"])
+    parts = [
+        f"{model['path']}: {_count(model['parameters'])} parameters, "
+        f"{_count(model['lora_parameters'])} in a LoRA, "
+        f"{model['gflops_per_token']:.3g} GFLOP/token",
+        render_table(headers, rows),
+        render_table(["memory of one GPU, nothing sharded", "GiB"], memory),
+        "An estimate, assuming: "
+        + ", ".join(f"{k} {v}" for k, v in assumed.items() if v is not None),
+        "'plain' is the same work with one sequence per response and no shared prefix.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The ``config.json`` in ``path``. Raises ValueError naming the file."""
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the model's {file}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object")
+    return config
+
+
+def _find_model(path: str) -> dict[str, Any]:
+    if path == "tiny":
+        from mmedx_fast.tiny import assets_folder
+
+        return _read_config(assets_folder())
+    if Path(path).is_dir():
+        return _read_config(Path(path))
+    known = KNOWN_MODELS.get(path.rsplit("/", 1)[-1].lower())
+    if known is None:
+        raise ValueError(
+            f"model.path = {path!r} is neither a folder nor a model whose sizes are known "
+            f"({', '.join(KNOWN_MODELS)}); give the folder of a local copy"
+        )
+    return known
+
+
+def _max_image_tokens(cfg: Config, model: ModelShape) -> int:
+    if model.vision is None:
+        return 0
+    pixels = cfg.model.max_pixels
+    if cfg.model.path == "tiny":
+        from mmedx_fast.tiny import IMAGE_SIZE
+
+        pixels = min(pixels, IMAGE_SIZE**2)
+    return max(1, pixels // (model.vision.patch * model.vision.merge) ** 2)
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"

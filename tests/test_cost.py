@@ -1,0 +1,322 @@
+"""Cost accounting against published sizes, torch's own FLOP counter and brute force."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mmedx_fast.config import Config
+from mmedx_fast.cost import KNOWN_MODELS, Assumptions, PhaseMeter, plan, plan_text, render_table
+from mmedx_fast.flops import (
+    Counts,
+    ModelShape,
+    forward_flops,
+    one_level_tokens,
+    plain_counts,
+    train_flops,
+    tree_counts,
+)
+
+SEVEN_B = ModelShape.from_config(KNOWN_MODELS["qwen2.5-vl-7b-instruct"])
+
+# P, image tokens, R, n: tokens of the tree and of plain sequences, then plain / tree in tokens,
+# against one-level sharing, in attention pairs, in the language model's FLOPs, and with the vision
+# blocks.
+# 7B, 4 guidelines of 60 tokens; computed independently of this module.
+SAVINGS = [
+    (400, 256, 256, 2, 2688, 5728, 2.13, 1.47, 1.48, 2.05, 2.25),
+    (400, 256, 512, 3, 6784, 11664, 1.72, 1.46, 1.24, 1.66, 1.80),
+    (400, 256, 1024, 4, 17024, 23744, 1.39, 1.30, 1.09, 1.36, 1.43),
+    (800, 600, 256, 4, 5136, 17856, 3.48, 2.37, 2.18, 3.29, 3.80),
+    (800, 600, 512, 2, 5136, 10976, 2.14, 1.46, 1.48, 2.05, 2.28),
+    (800, 600, 1024, 3, 13328, 22608, 1.70, 1.44, 1.23, 1.63, 1.79),
+    (1200, 1000, 256, 3, 4512, 18192, 4.03, 2.24, 2.61, 3.83, 4.42),
+    (1200, 1000, 512, 4, 9632, 28352, 2.94, 2.14, 1.87, 2.78, 3.24),
+    (1200, 1000, 1024, 2, 9632, 18272, 1.90, 1.38, 1.34, 1.82, 2.03),
+    (1600, 1300, 256, 4, 5936, 30656, 5.16, 2.86, 3.27, 4.87, 5.66),
+    (1600, 1300, 512, 3, 7984, 26064, 3.26, 2.04, 2.11, 3.08, 3.56),
+    (1600, 1300, 1024, 4, 18224, 42944, 2.36, 1.87, 1.55, 2.22, 2.55),
+]
+
+
+@pytest.mark.parametrize("row", SAVINGS, ids=lambda row: f"P{row[0]}-R{row[2]}-n{row[3]}")
+def test_savings_of_the_tree(row):
+    p, image, r, n, tokens, plain_tokens, by_tokens, one_level, pairs, llm, with_vision = row
+    tree = tree_counts(p, 60, r, guidelines=4, n=n)
+    plain = plain_counts(p, 60, r, guidelines=4, n=n)
+    assert (tree.tokens, plain.tokens) == (tokens, plain_tokens)
+    vision = 4 * image * SEVEN_B.vision.block_flops()
+
+    def flops(counts, image_flops):
+        return forward_flops(SEVEN_B, counts) + counts.images * image_flops
+
+    ratios = [
+        plain.tokens / tree.tokens,
+        plain.tokens / one_level_tokens(p, 60, r, guidelines=4, n=n),
+        plain.pairs / tree.pairs,
+        flops(plain, 0) / flops(tree, 0),
+        flops(plain, vision) / flops(tree, vision),
+    ]
+    assert [round(x, 2) for x in ratios] == [by_tokens, one_level, pairs, llm, with_vision]
+
+
+@pytest.mark.parametrize(
+    ("p", "g", "r", "k", "n"), [(5, 3, 4, 2, 3), (1, 1, 1, 1, 1), (4, 0, 2, 3, 2)]
+)
+def test_pairs_equal_the_ones_of_a_real_mask(p, g, r, k, n):
+    paths = []  # the segments on the way to every token's own segment
+    for i in range(k):
+        paths += [(("p",), ("g", i), ("r", i, j)) for j in range(n)]
+    lengths = {("p",): p}
+    for path in paths:
+        lengths |= {path[1]: g, path[2]: r}
+    ancestors = {segment: path[: path.index(segment)] for path in paths for segment in path}
+    pairs = sum(
+        size * sum(lengths[a] for a in ancestors[segment]) + sum(range(1, size + 1))
+        for segment, size in lengths.items()
+    )
+    tree = tree_counts(p, g, r, guidelines=k, n=n)
+    assert tree == Counts(tokens=sum(lengths.values()), pairs=pairs, targets=k * n * r, images=1)
+    plain = plain_counts(p, g, r, guidelines=k, n=n)
+    length = p + g + r
+    assert plain.pairs == k * n * sum(1 for q in range(length) for _ in range(q + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("qwen2.5-vl-7b-instruct", 8_292_166_656),
+        ("qwen2.5-vl-3b-instruct", 3_754_622_976),
+        ("qwen2-vl-2b-instruct", 2_208_985_600),
+    ],
+)
+def test_parameters_equal_the_published_numbers(name, published):
+    assert ModelShape.from_config(KNOWN_MODELS[name]).params == pytest.approx(published, rel=1e-3)
+
+
+def test_known_per_token_cost_of_the_7b():
+    assert SEVEN_B.token_flops() / 1e9 == pytest.approx(13.05, abs=0.005)
+    assert SEVEN_B.kv_bytes() == 57_344
+    # r = 16 on all linear layers of the language model: 40,370,176 weights in PEFT's own count.
+    assert SEVEN_B.lora_params(16) == 40_370_176
+
+
+def _small_config():
+    return {
+        "model_type": "qwen2_5_vl",
+        "text_config": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 160,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 3, 3],
+            },
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 14,
+            "out_hidden_size": 64,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        },
+        "image_token_id": 150,
+        "vision_start_token_id": 151,
+        "tie_word_embeddings": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    import torch
+
+    from mmedx_fast._env import prepare_environment
+
+    prepare_environment()
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(**_small_config())
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.set_attn_implementation("eager")
+    return model.eval()
+
+
+def test_forward_flops_equal_torchs_counter(small_model):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = ModelShape.from_config(_small_config())
+    # 8 x 8 patches: four whole windows of 4 x 4 in the first block, everything in the second.
+    grid, patches, image_tokens, text = torch.tensor([[1, 8, 8]]), 64, 16, 10
+    ids = torch.tensor([[151] + [150] * image_tokens + [3] * text])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        small_model(
+            input_ids=ids,
+            pixel_values=torch.randn(patches, shape.vision.patch_values),
+            image_grid_thw=grid,
+            mm_token_type_ids=(ids == 150).long(),
+            use_cache=False,
+            logits_to_keep=text,
+        )
+    length = ids.shape[1]
+    # Eager attention multiplies the masked half too: length^2 pairs.
+    counts = Counts(tokens=length, pairs=length**2, targets=text, images=1)
+    rotary = counter.get_total_flops() - forward_flops(shape, counts, image_tokens)
+    # What is left is the outer product that makes the rotary angles, a few thousand FLOPs.
+    assert 0 <= rotary <= 0.002 * counter.get_total_flops()
+
+
+def test_training_with_a_frozen_base_costs_two_forwards_and_a_recomputation(small_model):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = ModelShape.from_config(_small_config())
+    language = small_model.model.language_model
+    small_model.requires_grad_(False)
+    hidden = torch.randn(1, 12, 64, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = language(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        small_model.lm_head(out[:, 4:]).sum().backward()
+    counts = Counts(tokens=12, pairs=144, targets=8, images=0)
+    bare = train_flops(shape, counts, lora_rank=1, checkpointing=False)
+    bare -= 6.0 * shape.lora_params(1) * 12
+    assert counter.get_total_flops() == pytest.approx(bare, rel=0.002)
+    both = [train_flops(shape, counts, lora_rank=4, checkpointing=c) for c in (False, True)]
+    again = 12 * shape.token_flops() + 144 * shape.pair_flops() + 2 * shape.lora_params(4) * 12
+    assert both[1] - both[0] == again
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, 1.5, "8", True])
+def test_unusable_model_config_names_the_key(value):
+    config = KNOWN_MODELS["qwen2.5-vl-7b-instruct"] | {"num_hidden_layers": value}
+    with pytest.raises(ValueError, match="num_hidden_layers"):
+        ModelShape.from_config(config)
+
+
+def _cfg(**changes):
+    return Config.model_validate({"model": {"path": "Qwen/Qwen2.5-VL-7B-Instruct"}, **changes})
+
+
+def test_plan_counts_what_the_config_asks_for():
+    cfg = _cfg(
+        dsa={"steps": 10, "questions_per_step": 4},
+        gba={"steps": 5, "questions_per_step": 3},
+        rollout={"num_generations": 2},
+    )
+    assume = Assumptions(image_tokens=600, text_tokens=200, response_tokens=256)
+    stages = {stage["stage"]: stage for stage in plan(cfg, assume)["stages"]}
+    assert stages["DSA: experts"]["rows"] == 4 * 10 * 4
+    assert stages["GBA: updates"]["rows"] == 15
+    assert stages["GBA: updates"]["tokens"] == 15 * 3088
+    assert stages["GBA: updates"]["tokens_plain"] == 15 * 8928
+    assert stages["GBA: rollouts"]["responses"] == 15 * 8
+    # base, four experts, start, rl, merged
+    assert stages["CACI and evaluation"]["rows"] == 8 * 400
+
+
+def test_plan_scales_as_it_must():
+    base = plan(_cfg())
+    assert (
+        plan(_cfg(), Assumptions(tflops=800.0))["total"]["gpu_hours"] < base["total"]["gpu_hours"]
+    )
+    twice = plan(_cfg(gba={"num_iterations": 2}))["stages"][2]
+    assert twice["flops"] > 2 * base["stages"][2]["flops"]  # and the pass for the old log-probs
+    with_kl = plan(_cfg(gba={"loss": {"beta": 0.1}}))["stages"][2]
+    assert base["stages"][2]["flops"] < with_kl["flops"] < twice["flops"]
+    assert plan(_cfg(dsa={"reuse": "x"}))["stages"][0]["flops"] == 0
+    candidates = plan(_cfg(caci={"density": [0.2, 0.5]}))["stages"][3]["rows"]
+    assert candidates == base["stages"][3]["rows"] + 2 * 120
+    assert base["total"]["gpu_hours_plain"] > base["total"]["gpu_hours"]
+    hours = math.fsum(stage["gpu_hours"] for stage in base["stages"])
+    assert base["total"]["gpu_hours"] == pytest.approx(hours)
+    assert json.loads(json.dumps(base)) == base
+
+
+def test_plan_text_shows_stages_memory_and_assumptions():
+    text = plan_text(plan(_cfg()))
+    for part in ("DSA: experts", "GBA: rollouts", "KV cache", "tflops 400.0", "8.29 G parameters"):
+        assert part in text
+    assert "-" in plan_text(plan(_cfg(dsa={"reuse": "x"})))
+
+
+def test_plan_of_an_unknown_model_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="no/such-model.*local copy"):
+        plan(_cfg(model={"path": "no/such-model"}))
+    with pytest.raises(ValueError, match="config.json"):
+        plan(_cfg(model={"path": str(tmp_path)}))
+    (tmp_path / "config.json").write_text(json.dumps(_small_config()))
+    assert plan(_cfg(model={"path": str(tmp_path)}))["model"]["parameters"] < 1e6
+    with pytest.raises(ValueError, match="tflops = 0"):
+        Assumptions(tflops=0)
+
+
+def test_plan_imports_no_torch():
+    code = (
+        "import sys; from mmedx_fast.config import Config; from mmedx_fast.cost import plan\n"
+        "plan(Config.model_validate({'model': {'path': 'Qwen2-VL-2B-Instruct'}}))\n"
+        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_phases_add_up_and_inner_seconds_are_not_counted_twice():
+    meter = PhaseMeter()
+    start = time.perf_counter()
+    with meter.phase("train"):
+        time.sleep(0.03)
+        with meter.phase("sync", tokens=7):
+            time.sleep(0.05)
+        time.sleep(0.01)
+    whole = time.perf_counter() - start
+    total = meter.to_dict()
+    assert total["train"]["seconds"] + total["sync"]["seconds"] == pytest.approx(whole, rel=0.05)
+    assert total["sync"]["seconds"] >= 0.05 and total["train"]["seconds"] >= 0.04
+    assert total["sync"]["tokens"] == 7 and total["sync"]["calls"] == 1
+
+
+def test_meter_resumes_and_takes_what_is_new():
+    meter = PhaseMeter()
+    meter.add("rollout", 2.0, 100)
+    assert meter.take() == {"seconds/rollout": 2.0, "tokens/rollout": 100}
+    state = json.loads(json.dumps(meter.to_dict()))
+    later = PhaseMeter(state)
+    later.add("rollout", 1.0, 20)
+    later.add("reward", 0.5)
+    assert later.take() == {"seconds/rollout": 1.0, "tokens/rollout": 20, "seconds/reward": 0.5}
+    assert later.to_dict()["rollout"] == {"seconds": 3.0, "tokens": 120, "calls": 0}
+    assert later.table().splitlines()[2].split() == ["rollout", "3.0", "120", "40"]
+    with pytest.raises(ValueError, match="reward"):
+        later.add("reward", -1.0)
+
+
+def test_meter_counts_a_phase_that_raises():
+    meter = PhaseMeter()
+    with pytest.raises(RuntimeError), meter.phase("rollout"):
+        time.sleep(0.01)
+        raise RuntimeError
+    assert meter.to_dict()["rollout"]["seconds"] >= 0.01
+    with meter.phase("reward"):
+        pass
+    assert meter.to_dict()["rollout"]["calls"] == 1
+
+
+def test_table_is_aligned():
+    text = render_table(["name", "n"], [["a", 1], ["long name", "1,000"]])
+    assert text.splitlines() == [
+        "name           n",
+        "---------  -----",
+        "a              1",
+        "long name  1,000",
+    ]
