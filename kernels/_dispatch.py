@@ -1,0 +1,116 @@
+"""The one place that chooses between the plain torch and the Triton implementation of an op.
+
+An op's module registers its torch implementation; a Triton one may be registered beside it under
+the same name and with the same signature. ``MMEDX_KERNELS`` picks:
+
+- ``auto`` (default): Triton where one is registered and usable on the tensors' device, torch
+  otherwise. The reason for
+  falling to torch is logged once per op (logger ``mmedx_fast.kernels``).
+- ``torch``: always torch.
+- ``triton``: Triton or an error that names the op and what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+logger = logging.getLogger("mmedx_fast.kernels")
+
+ENV = "MMEDX_KERNELS"
+MODES = ("auto", "torch", "triton")
+
+Op = Callable[..., Any]
+F = TypeVar("F", bound=Op)
+
+
+@dataclass(frozen=True)
+class _Triton:
+    """A registered Triton implementation; ``refuse(device)`` returns why it cannot run there, or
+    None."""
+
+    fn: Op
+    refuse: Callable[[torch.device], str | None]
+
+
+_torch_ops: dict[str, Op] = {}
+_triton_ops: dict[str, _Triton] = {}
+_said: set[tuple[str, str]] = set()
+
+
+def register_torch(op: str) -> Callable[[F], F]:
+    """Decorator: make the function the plain torch implementation of ``op``."""
+
+    def keep(fn: F) -> F:
+        _torch_ops[op] = fn
+        return fn
+
+    return keep
+
+
+def needs_cuda(device: torch.device) -> str | None:
+    """The usual condition of a Triton op: a CUDA tensor and an importable ``triton``."""
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, Triton needs cuda"
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    return None
+
+
+def register_triton(
+    op: str, refuse: Callable[[torch.device], str | None] = needs_cuda
+) -> Callable[[F], F]:
+    """Decorator: make the function the Triton implementation of ``op``, with the torch one's
+    signature."""
+
+    def keep(fn: F) -> F:
+        _triton_ops[op] = _Triton(fn, refuse)
+        return fn
+
+    return keep
+
+
+def mode() -> str:
+    """The value of ``MMEDX_KERNELS`` (read at every call, so that a test or a user may change it).
+
+    Raises ValueError for anything but auto, torch or triton.
+    """
+    value = os.environ.get(ENV, "auto").strip().lower() or "auto"
+    if value not in MODES:
+        raise ValueError(f"{ENV}={value!r} is not known: set it to one of {', '.join(MODES)}")
+    return value
+
+
+def _why_not_triton(op: str, device: torch.device) -> str | None:
+    entry = _triton_ops.get(op)
+    if entry is None:
+        return "no Triton implementation is registered for it"
+    return entry.refuse(device)
+
+
+def resolve(op: str, device: torch.device) -> Op:
+    """The implementation of ``op`` for tensors on ``device``.
+
+    Raises KeyError for an op nobody registered, RuntimeError if ``MMEDX_KERNELS=triton`` cannot be
+    honoured.
+    """
+    wanted = mode()
+    if wanted == "torch":
+        return _torch_ops[op]
+    reason = _why_not_triton(op, device)
+    if reason is None:
+        return _triton_ops[op].fn
+    if wanted == "triton":
+        raise RuntimeError(
+            f"{ENV}=triton, but {op} cannot use Triton: {reason}. Set {ENV}=auto or {ENV}=torch."
+        )
+    if (op, reason) not in _said:
+        _said.add((op, reason))
+        logger.info("%s runs in plain torch: %s", op, reason)
+    return _torch_ops[op]

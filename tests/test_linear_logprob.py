@@ -1,0 +1,325 @@
+"""linear_logprob against autograd over the full float64 logits."""
+
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from mmedx_fast.kernels import _logits
+from mmedx_fast.kernels.linear_logprob import linear_logprob
+
+
+def reference(hidden, weight, targets, *, temperature=1.0, bias=None, softcap=None, banned=None):
+    """Full logits in float64, nothing clever."""
+    z = hidden.double() @ weight.double().t()
+    if bias is not None:
+        z = z + bias.double()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    if banned is not None:
+        z = z.index_fill(1, banned, -torch.inf)
+    logp = z.log_softmax(1)
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(1)
+    return logp.gather(1, targets[:, None]).squeeze(1), entropy
+
+
+def problem(n=37, h=24, v=127, dtype=torch.float32, seed=0, scale=1.0, bias=False):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=g, dtype=torch.float64)
+    weight = torch.randn(v, h, generator=g, dtype=torch.float64) * scale
+    targets = torch.randint(v, (n,), generator=g)
+    leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+    b = (
+        torch.randn(v, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+        if bias
+        else None
+    )
+    return leaves[0], leaves[1], targets, b
+
+
+def grads(outputs, leaves, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    loss = sum(
+        (o.double() * torch.randn(o.shape, generator=g, dtype=torch.float64)).sum() for o in outputs
+    )
+    return torch.autograd.grad(loss, [x for x in leaves if x is not None], retain_graph=True)
+
+
+@pytest.mark.parametrize("v", [1, 5, 127, 50257])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"softcap": 3.0, "temperature": 1.3},
+        {"banned": torch.tensor([0, 3])},
+    ],
+    ids=["plain", "temperature", "softcap", "banned"],
+)
+def test_values_and_gradients_equal_full_logits(v: int, options: dict) -> None:
+    if "banned" in options and v < 5:
+        pytest.skip("would ban the whole vocabulary")
+    n = 5 if v > 10_000 else 37
+    hidden, weight, targets, bias = problem(n=n, v=v, bias=True)
+    if "banned" in options:
+        targets = targets.clamp(min=4)
+    got = linear_logprob(hidden, weight, targets, bias=bias, chunk=7, **options)
+    want = reference(hidden, weight, targets, bias=bias, **options)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-5)
+    leaves = [hidden, weight, bias]
+    for a, b in zip(grads(got, leaves), grads(want, leaves), strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])  # a kept tile, and a recomputed one
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck_in_float64(chunk: int | None, softcap: float | None) -> None:
+    hidden, weight, targets, bias = problem(n=5, h=3, v=7, dtype=torch.float64, bias=True)
+
+    def op(h: Tensor, w: Tensor, b: Tensor):
+        return linear_logprob(h, w, targets, bias=b, temperature=0.8, softcap=softcap, chunk=chunk)
+
+    assert torch.autograd.gradcheck(op, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 36, 37, 10_000, None])
+def test_result_does_not_depend_on_chunk(chunk: int | None) -> None:
+    hidden, weight, targets, _ = problem()
+    base = linear_logprob(hidden, weight, targets, chunk=16)
+    got = linear_logprob(hidden, weight, targets, chunk=chunk)
+    for a, b in zip(got, base, strict=True):
+        torch.testing.assert_close(a, b, atol=4e-6, rtol=1e-6)
+    for a, b in zip(grads(got, [hidden, weight]), grads(base, [hidden, weight]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_only_what_requires_a_gradient_gets_one() -> None:
+    hidden, weight, targets, bias = problem(bias=True)
+    for mask in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)]:
+        leaves = [
+            x.detach().requires_grad_(bool(m))
+            for x, m in zip((hidden, weight, bias), mask, strict=True)
+        ]
+        logprob, entropy = linear_logprob(leaves[0], leaves[1], targets, bias=leaves[2])
+        (logprob.sum() + entropy.sum()).backward()
+        assert [x.grad is not None for x in leaves] == [bool(m) for m in mask]
+
+
+def test_second_backward_gives_the_same_gradient() -> None:
+    hidden, weight, targets, _ = problem()
+    logprob, entropy = linear_logprob(hidden, weight, targets)
+    loss = logprob.sum() - entropy.sum()
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0].clone()
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], first, atol=1e-6, rtol=1e-6)
+
+
+def test_without_entropy_and_without_grad() -> None:
+    hidden, weight, targets, _ = problem()
+    logprob, entropy = linear_logprob(hidden, weight, targets, return_entropy=False)
+    assert entropy is None
+    want = reference(hidden, weight, targets)[0]
+    torch.testing.assert_close(
+        torch.autograd.grad(logprob.sum(), hidden)[0],
+        torch.autograd.grad(want.sum(), hidden)[0],
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    with torch.no_grad():
+        assert not linear_logprob(hidden, weight, targets)[0].requires_grad
+
+
+def test_no_tokens() -> None:
+    hidden, weight, _, _ = problem(n=3)
+    empty = hidden[:0]
+    logprob, entropy = linear_logprob(empty, weight, torch.zeros(0, dtype=torch.long))
+    assert logprob.shape == entropy.shape == (0,)
+    grad = torch.autograd.grad(logprob.sum() + entropy.sum(), [hidden, weight])
+    assert all((x == 0).all() for x in grad)
+
+
+def test_strided_hidden_in_a_poisoned_buffer() -> None:
+    hidden, weight, targets, _ = problem()
+    wide = torch.full((hidden.shape[0] * 2, hidden.shape[1] + 5), torch.nan)
+    wide[::2, 2:-3] = hidden.detach()
+    view = wide[::2, 2:-3].requires_grad_()
+    transposed = hidden.detach().t().contiguous().t().requires_grad_()
+    want = linear_logprob(hidden, weight, targets)
+    for other in (view, transposed):
+        got = linear_logprob(other, weight, targets)
+        torch.testing.assert_close(got[0], want[0], atol=4e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            grads(got, [other])[0], grads(want, [hidden])[0], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_infinite_bias_rows_are_impossible_tokens() -> None:
+    hidden, weight, targets, _ = problem()
+    bias = torch.zeros(127)
+    bias[[1, 50, 126]] = -torch.inf
+    targets = torch.where(torch.isin(targets, torch.tensor([1, 50, 126])), 2, targets)
+    got = linear_logprob(hidden, weight, targets, bias=bias)
+    keep = bias.isfinite()
+    index = keep.cumsum(0) - 1
+    want = linear_logprob(hidden, weight[keep], index[targets])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=4e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        grads(got, [hidden, weight])[1], grads(want, [hidden, weight])[1], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_banned_target_has_no_probability() -> None:
+    hidden, weight, targets, _ = problem(n=4)
+    logprob, entropy = linear_logprob(hidden, weight, targets, banned=targets[:1])
+    assert logprob[0] == -torch.inf and entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_large_common_offset(offset: float) -> None:
+    # integer logits: exact in float32 also beside the offset, so nothing may be lost
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randint(-2, 3, (9, 6), generator=g).float().requires_grad_()
+    weight = torch.randint(-2, 3, (33, 6), generator=g).float()
+    targets = torch.randint(33, (9,), generator=g)
+    got = linear_logprob(hidden, weight, targets, bias=torch.full((33,), offset))
+    want = reference(hidden, weight, targets)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        grads(got, [hidden])[0], grads(want, [hidden])[0], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_gradient_of_a_nearly_certain_token_keeps_its_digits() -> None:
+    hidden = torch.tensor([[18.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [0.0]])
+    got = linear_logprob(hidden, weight, torch.tensor([0]), return_entropy=False)[0]
+    want = reference(hidden, weight, torch.tensor([0]))[0]
+    a, b = (torch.autograd.grad(x.sum(), hidden)[0] for x in (got, want))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=0.0)  # 1 - p is 3e-8
+
+
+def test_bf16_operands_keep_float32_logits() -> None:
+    hidden, weight, targets, _ = problem(h=64, v=500, scale=0.5, dtype=torch.bfloat16)
+    want = reference(hidden, weight, targets)
+    got = linear_logprob(hidden, weight, targets)
+    rounded = linear_logprob(hidden, weight, targets, logits_dtype=torch.bfloat16)
+    assert got[0].dtype == torch.float32
+    fine = (got[0].double() - want[0]).abs().max()
+    coarse = (rounded[0].double() - want[0]).abs().max()
+    assert fine < 1e-5 < 1e-3 < coarse < 0.2
+    mine, truth = grads(got, [hidden, weight]), grads(want, [hidden, weight])
+    eager = (hidden @ weight.t()).float().log_softmax(1)
+    eager_out = (
+        eager.gather(1, targets[:, None]).squeeze(1),
+        -(eager.exp() * eager).sum(1),
+    )
+    for a, b, e in zip(mine, truth, grads(eager_out, [hidden, weight]), strict=True):
+        assert a.dtype == torch.bfloat16
+        # no worse than torch itself in the same dtype
+        assert (a.double() - b).norm() <= 1.5 * (e.double() - b).norm() + 1e-6
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    hidden, weight, targets, _ = problem()
+    want = linear_logprob(hidden, weight, targets)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = linear_logprob(hidden, weight, targets)[0]
+    assert torch.equal(got, want)
+
+
+def test_forward_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    whole = _logits.raw_logits
+    monkeypatch.setattr(
+        _logits, "raw_logits", lambda h, head: (seen.append(h.shape[0]), whole(h, head))[1]
+    )
+    hidden, weight, targets, _ = problem(n=300, v=50257, h=4)
+    linear_logprob(hidden, weight, targets)[0].sum().backward()
+    assert max(seen) * 50257 <= 1 << 24 and len(seen) == 2 * len(seen[: len(seen) // 2])
+    assert sum(seen) == 600  # once forward, once backward
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.tensor([0, 1, 127])}, r"targets\[2\] = 127"),
+        ({"targets": torch.tensor([0, -100, 1])}, r"targets\[1\] = -100"),
+        ({"targets": torch.tensor([0.0, 1.0, 2.0])}, "integer"),
+        ({"weight": torch.zeros(127, 5)}, "hidden must be"),
+        ({"bias": torch.zeros(3)}, "bias"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"softcap": -1.0}, "softcap"),
+        ({"chunk": 0}, "chunk"),
+        ({"logits_dtype": torch.int32}, "logits_dtype"),
+    ],
+)
+def test_bad_input_is_named(change: dict, message: str) -> None:
+    hidden, weight, targets, _ = problem(n=3)
+    arguments = {"hidden": hidden, "weight": weight, "targets": targets} | change
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**arguments)
+
+
+def test_partitioned_weight_is_refused() -> None:
+    weight = torch.zeros(0)
+    weight.ds_id = 7
+    with pytest.raises(ValueError, match="GatheredParameters"):
+        linear_logprob(torch.zeros(2, 3), weight, torch.tensor([0, 1]))
+
+
+def _shard(rank: int, port: int, path: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    hidden, weight, targets, bias = problem(v=46, bias=True)
+    banned = torch.tensor([2, 40])
+    targets = torch.where(torch.isin(targets, banned), 3, targets)
+    part = slice(23 * rank, 23 * rank + 23)
+    w, b = (x.detach()[part].clone().requires_grad_() for x in (weight, bias))
+    out = linear_logprob(
+        hidden,
+        w,
+        targets,
+        bias=b,
+        softcap=4.0,
+        temperature=0.9,
+        banned=banned,
+        chunk=10,
+        group=dist.group.WORLD,
+    )
+    torch.save([*[x.detach() for x in out], *grads(out, [hidden, w, b])], f"{path}/{rank}.pt")
+    try:
+        linear_logprob(hidden, w, targets + 40, group=dist.group.WORLD)
+    except ValueError as error:
+        assert "no rank" in str(error)
+    else:
+        raise AssertionError("a target outside every shard was accepted")
+    dist.destroy_process_group()
+
+
+def test_vocabulary_in_two_processes(tmp_path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_shard, (port, str(tmp_path)), nprocs=2)
+    shards = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
+    hidden, weight, targets, bias = problem(v=46, bias=True)
+    banned = torch.tensor([2, 40])
+    targets = torch.where(torch.isin(targets, banned), 3, targets)
+    want = reference(
+        hidden, weight, targets, bias=bias, softcap=4.0, temperature=0.9, banned=banned
+    )
+    gh, gw, gb = grads(want, [hidden, weight, bias])
+    for logprob, entropy, h, _, _ in shards:
+        torch.testing.assert_close(logprob.double(), want[0].detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(entropy.double(), want[1].detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(h, gh, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([s[3] for s in shards]), gw, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([s[4] for s in shards]), gb, atol=2e-5, rtol=1e-4)
