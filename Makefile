@@ -36,7 +36,7 @@ demo: $(VENV)/.installed-$(EXTRAS)
 # The bare pytest, not python -m pytest: that would put this folder, and with it the name
 # `kernels`, first on the path (CONTRIBUTING.md, "Layout").
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest --durations=10 $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

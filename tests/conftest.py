@@ -1,11 +1,13 @@
 """Environment, seeds and markers for every test."""
 
+import os
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before any test module imports torch, vLLM or transformers. Children of the tests inherit it.
 from mmedx_fast._env import prepare_environment
@@ -14,6 +16,10 @@ ENVIRONMENT = prepare_environment(offline=True)
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = {f"test_{path.stem}" for path in (ROOT / "kernels").glob("*.py")}
 SEED = 20260110
+
+# No deadline: a shared machine is no clock. In CI the same examples every time.
+settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
