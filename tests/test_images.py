@@ -328,6 +328,17 @@ def test_voi_lut_sequence_comes_before_the_window() -> None:
     assert np.abs(grey(dicom_bytes(dataset)) - expected).max() <= 0.5
 
 
+def test_lut_of_a_big_endian_file() -> None:
+    item = pydicom.Dataset()
+    item.LUTDescriptor = [1000, 100, 12]
+    table = np.arange(1000) * 4
+    item.LUTData = table.astype(">u2").tobytes()
+    dataset = pydicom.dcmread(DICOM / "MR_small_bigendian.dcm")
+    dataset.VOILUTSequence = pydicom.Sequence([item])
+    expected = table[np.clip(dataset.pixel_array.astype(int) - 100, 0, 999)] / 4095 * 255
+    assert np.abs(grey(dicom_bytes(dataset)) - expected).max() <= 0.5
+
+
 def test_modality_lut_sequence() -> None:
     item = pydicom.Dataset()
     item.LUTDescriptor = [2000, 0, 16]

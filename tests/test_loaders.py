@@ -140,6 +140,33 @@ def test_images_are_found(tmp_path: Path, place: str) -> None:
     assert load_image(ref).size == (8, 8)
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_folders_in_image_names_may_be_those_of_another_machine(
+    tmp_path: Path, zipped: bool
+) -> None:
+    rows = [hub_row(0, images=["data/v1/MM-0-a.jpeg"])]
+    write_lines(tmp_path / "test.jsonl", rows)
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as out:
+            out.writestr("MM/images/MM-0-a.jpeg", png())
+    else:
+        touch(tmp_path / "images", "MM-0-a.jpeg")
+    (ref,) = load_records(tmp_path, split="test").records[0].images
+    assert load_image(ref).size == (8, 8)
+
+
+def test_last_component_is_not_guessed_between_two_members(tmp_path: Path) -> None:
+    write_lines(tmp_path / "test.jsonl", [hub_row(0), hub_row(1, images=["x/MM-0-a.jpeg"])])
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as out:
+        out.writestr("x/MM-0-a.jpeg", png(1))
+        out.writestr("y/MM-0-a.jpeg", png(2))
+    result = load_records(tmp_path, split="test")
+    assert [r.images[0].member for r in result.records] == [
+        (tmp_path / "images.zip", "x/MM-0-a.jpeg")
+    ]
+    assert [row.reason for row in result.rejected] == ["image file is missing"]
+
+
 def test_missing_image_is_rejected_by_name_unless_unchecked(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "test.jsonl", [hub_row(0), hub_row(1, 0)])
     result = load_records(file, split="test")

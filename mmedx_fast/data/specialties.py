@@ -66,6 +66,10 @@ def parse_rules(document: dict[str, Any]) -> dict[str, list[Rule]]:
     return rules
 
 
+_REMEMBERED_WORDS = 1 << 17
+_WORD = re.compile(r"\w+")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """One compiled rule; ``decide`` gives a specialty, or ``None`` when the rule does not apply."""
@@ -79,15 +83,21 @@ class _Case:
     """A record with what several rules need, worked out once."""
 
     def __init__(self, record: Record) -> None:
-        self.text = record.question
+        self._text = record.question
         self._meta = record.meta
-        self._age: tuple[float | None] | None = None
 
-    @property
+    @functools.cached_property
     def age(self) -> float | None:
-        if self._age is None:
-            self._age = (patient_age(self.text),)
-        return self._age[0]
+        return patient_age(self._text)
+
+    @functools.cached_property
+    def spaced(self) -> str:
+        """The words in lower case with one blank before, between and after them."""
+        return f" {' '.join(re.findall(_WORD, self._text.lower()))} "
+
+    @functools.cached_property
+    def words(self) -> frozenset[str]:
+        return frozenset(self.spaced.split())
 
     def field(self, name: str) -> str:
         value = next((v for k, v in self._meta.items() if k.lower() == name), None)
@@ -124,12 +134,12 @@ def _age_below(raw: dict[str, Any], specialty: str) -> Callable[[_Case], str | N
 
 def _words_without_age(raw: dict[str, Any], specialty: str) -> Callable[[_Case], str | None]:
     count = _counter(raw["words_without_age"])
-    return lambda case: specialty if case.age is None and count(case.text, 1) else None
+    return lambda case: specialty if case.age is None and count(case, 1) else None
 
 
 def _words(raw: dict[str, Any], specialty: str) -> Callable[[_Case], str | None]:
     count, needed = _counter(raw["words"]), int(raw.get("at_least", 1))
-    return lambda case: specialty if count(case.text, needed) else None
+    return lambda case: specialty if count(case, needed) else None
 
 
 def _by_field(raw: dict[str, Any], specialty: str | None) -> Callable[[_Case], str | None]:
@@ -156,22 +166,31 @@ _KINDS: dict[str, Callable[[dict[str, Any], Any], Callable[[_Case], str | None]]
 }
 
 
-def _counter(entries: list[str]) -> Callable[[str, int], bool]:
+def _counter(names: list[str]) -> Callable[[_Case, int], bool]:
     """A test whether a text holds at least so many different entries."""
-    any_entry = re.compile(rf"\b(?:{'|'.join(map(_entry, entries))})\b", re.IGNORECASE)
+    spellings = [(i, w.strip().lower()) for i, e in enumerate(names) for w in e.split("|")]
+    phrases = [(i, f" {w} ".replace("* ", "")) for i, w in spellings if " " in w]
+    patterns = [
+        re.compile("|".join(re.escape(w).replace(r"\*", r"\w*") for j, w in spellings if j == i))
+        for i in range(len(names))
+    ]
 
-    def holds(text: str, needed: int) -> bool:
-        found: set[int | None] = set()
-        for match in any_entry.finditer(text):
-            found.add(match.lastindex)
-            if len(found) >= needed:
-                return True
-        return False
+    # Texts share most of their words, so each word is matched once and not once a text.
+    hits: dict[str, frozenset[int]] = {}
+    misses: set[str] = set()
+
+    def holds(case: _Case, needed: int) -> bool:
+        found: set[int] = set()
+        for word in case.words - misses:
+            if word not in hits:
+                entries = frozenset(i for i, p in enumerate(patterns) if p.fullmatch(word))
+                if not entries and len(misses) < _REMEMBERED_WORDS:
+                    misses.add(word)
+                if not entries:
+                    continue
+                hits[word] = entries
+            found |= hits[word]
+        found.update(i for i, phrase in phrases if phrase in case.spaced)
+        return len(found) >= needed
 
     return holds
-
-
-def _entry(entry: str) -> str:
-    """One entry as one regex group; its number tells which entry matched."""
-    words = (re.escape(word.strip()).replace(r"\*", r"\w*") for word in entry.split("|"))
-    return f"({'|'.join(words)})"
