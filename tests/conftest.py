@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = {f"test_{path.stem}" for path in (ROOT / "kernels").glob("*.py")}
 SEED = 20260110
 
+# A spawned process imports its function from `tests.<module>`. Last, not first: CONTRIBUTING.md.
+sys.path.append(str(ROOT))
+
 # No deadline: a shared machine is no clock. In CI the same examples every time.
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
