@@ -20,6 +20,8 @@ SKIP_DISK_CHECK ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+comma := ,
+WITH_DEV = $(VENV)/.installed-$(EXTRAS)$(comma)trl$(comma)dev
 METADATA := pyproject.toml setup.py requirements/constraints.txt
 CONSTRAINTS = $(if $(findstring cpu,$(EXTRAS)),-c requirements/constraints.txt)
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -35,22 +37,18 @@ demo: $(VENV)/.installed-$(EXTRAS)
 
 # The bare pytest, not python -m pytest: that would put this folder, and with it the name
 # `kernels`, first on the path (CONTRIBUTING.md, "Layout").
-test: $(VENV)/.installed-dev
+test: $(WITH_DEV)
 	$(BIN)/pytest --durations=10 $(TESTS)
 
-lint: $(VENV)/.installed-dev
+lint: $(WITH_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev
+bench: $(WITH_DEV)
 	$(BIN)/python -m bench.run $(ARGS)
 
 # A stamp is written only after pip succeeded: an install that was cut off is taken up again.
-$(VENV)/.installed-dev: $(VENV)/.created $(METADATA)
-	@$(call install,$(EXTRAS)$(comma)trl$(comma)dev)
-	@touch $@
-
 $(VENV)/.installed-%: $(VENV)/.created $(METADATA)
 	@$(call install,$*)
 	@touch $@
@@ -58,8 +56,6 @@ $(VENV)/.installed-%: $(VENV)/.created $(METADATA)
 $(VENV)/.created:
 	@$(make_venv)
 	@touch $@
-
-comma := ,
 
 define install
 set -e; \
