@@ -110,10 +110,10 @@ class _Ledger:
 
     def read_update(self, index: int, sentence: Sentence) -> None:
         posterior = bool(_POSTERIOR.search(sentence.lower))
-        moved, told, focus = False, {}, ""
+        moved = False
+        told: dict[str, float] = {}
         for number in _stated(sentence):
-            letter = number.letter or focus or self.focus
-            focus = focus or letter
+            letter = number.letter or self.focus
             if letter not in self.values:
                 self.valid &= 0.0 <= number.value <= 100.0
                 self.priors[letter] = self.values[letter] = told[letter] = number.value
@@ -122,7 +122,8 @@ class _Ledger:
             elif number.direction or posterior:
                 moved |= self._move(letter, number, posterior)
                 told[letter] = self.values[letter]
-        self.focus = focus or self.focus
+        if told:  # what "it" means from here on: the winner if it was named, else the last named
+            self.focus = self.winner if self.winner in told else list(told)[-1]
         if moved and sentence.findings - self.findings:  # evidence counts once
             self.update_sentences += 1
             self.findings |= sentence.findings

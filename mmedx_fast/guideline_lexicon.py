@@ -6,13 +6,12 @@ import re
 
 from mmedx_fast.guideline_text import content_stems
 
+_DIAGNOSIS_IS = r"(?:answer|(?<!differential )(?<!possible )diagnosis)(?: is|:| must be)"
 CONCLUDE = re.compile(
-    r"\b(?:most likely|most probable|therefore|thus|hence|best explained by|(?:answer"
-    r"|diagnosis)(?: is|:| must be)|(?:i|we) conclude|in conclusion|conclusion)"
+    r"\b(?:most likely|most probable|therefore|thus|hence|best explained by|(?:i|we) conclude"
+    rf"|in conclusion|conclusion|{_DIAGNOSIS_IS})"
 )
-STRONG_CONCLUDE = re.compile(
-    r"\b(?:therefore|thus|(?:answer|diagnosis)(?: is|:| must be)|conclude)"
-)
+STRONG_CONCLUDE = re.compile(rf"\b(?:therefore|thus|conclude|{_DIAGNOSIS_IS})")
 CLAUSE = re.compile(
     r"[,;:]|\b(?P<turn>rather than|instead of|not|unlike|over|than)\b|\b(?:whereas|while|but"
     r"|although)\b"
@@ -26,6 +25,7 @@ EXCLUDE = re.compile(
 ABSENCE = re.compile(
     r"\b(?:no|without|absence of|absent|lack(?:s|ing)?|missing|neither|normal|clear)\b"
 )
+REASON = re.compile(r"\b(?:because|since|given|as)\b")
 SUPPORT = re.compile(
     r"(?<!not )\b(?:support(?:s|ed|ing)?|favou?r(?:s|ed|ing)?|suggest(?:s|ed|ing|ive)?"
     r"|consistent with|compatible with|point(?:s|ed|ing)? (?:to|toward)|fit(?:s|ting)?|match(?:es)?"
@@ -71,7 +71,8 @@ MECHANISM: tuple[str, ...] = tuple(
     synovi tendon degenerat atroph hypertroph hyperplas dysplas regurgit stenos valve conduction
     repolari depolari filtrat glomerul tubul reabsorb peristal motil sphincter bile reflux
     stimul inhibit activat accumulat deposit fail energy shear force load trauma
-    swell mass""".split()
+    damag injur radiat ultraviolet erosi erod traction tension rotat herniat displac expan
+    destruct swell mass""".split()
 )
 MECHANISM_PATTERN = re.compile(r"\b(" + "|".join(sorted(MECHANISM, key=len, reverse=True)) + r")")
 # "the of", "with because", "leads to.": word soup, in which cues, findings and options meet by

@@ -15,6 +15,8 @@ WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bvs\.)(?<!e\.g\.)(?<!i\.e\.)\s+|\n+")
 _LIST_MARK = re.compile(r"(?m)^\s*(?:\d{1,2}[.)]|[-*\u2022])\s+")
 _NUMBERED = re.compile(r"(?m)^\s*\d{1,2}[.)]\s+(.+)$")
+_MARKUP = re.compile(r"[*_`#]{1,4}(?=\S)|(?<=\S)[*_`]{1,3}")
+_ACRONYM = re.compile(r"\b[A-Z]{2,6}\b")
 _CHUNK_END = re.compile(r"[.,;:!?()\[\]\"\n/]| - ")
 _LETTER_NAMED = re.compile(
     r"\b(?:option|choice|answer(?:\s+is)?:?)\s*[*(\[]*([A-J])\b(?![A-Za-z'])"
@@ -102,7 +104,8 @@ class Case:
         self.findings: tuple[frozenset[str], ...] = tuple(chunks)
         self.finding_stems = frozenset().union(*self.findings) if self.findings else frozenset()
         texts = {letter: WORD.findall(text.lower()) for letter, text in options}
-        self._patterns = _option_pattern(texts)
+        self._patterns, self._lettered = _option_patterns(texts)
+        self._acronyms = _acronyms(texts)
         self._letter_of = {" ".join(words): letter for letter, words in reversed(texts.items())}
         stems = {letter: {stem(w) for w in words} - {""} for letter, words in texts.items()}
         self._long = {
@@ -115,7 +118,7 @@ class Case:
         }
 
     def mentions(self, sentence: str) -> list[Mention]:
-        """Options named in a sentence, in order: by text (longest first), by letter, or, for a long
+        """Options named in a sentence, in order: by text, letter or initials ("PE"), or, for a long
         option text, by three fifths of its words with one that no other option has."""
         lower = sentence.lower()
         found = []
@@ -127,9 +130,17 @@ class Case:
             letter = next(group for group in match.groups() if group)
             if letter in self.letters and not any(m.start < match.end() <= m.end for m in found):
                 found.append(Mention(letter, match.start(), match.end()))
+        for match in _ACRONYM.finditer(sentence) if self._acronyms else ():
+            if match.group() in self._acronyms:
+                letter = self._acronyms[match.group()]
+                found.append(Mention(letter, match.start(), match.end()))
         if not found and self._long:
             found = self._loose_mentions(lower)
         return sorted(found, key=lambda mention: mention.start)
+
+    def join_letters(self, text: str) -> str:
+        """``text`` with "B. Pneumonia" as "B Pneumonia": that stop ends no sentence."""
+        return text if self._lettered is None else self._lettered.sub(r"\1 ", text)
 
     def _loose_mentions(self, lower: str) -> list[Mention]:
         words = [(stem(match.group()), match) for match in WORD.finditer(lower)]
@@ -168,14 +179,30 @@ def _content_runs(part: str) -> Iterable[list[str]]:
         yield run
 
 
-def _option_pattern(texts: dict[str, list[str]]) -> re.Pattern[str] | None:
+def _acronyms(texts: dict[str, list[str]]) -> dict[str, str]:
+    """Initials of options of several words that stand for one option alone."""
+    initials: dict[str, list[str]] = {}
+    for letter, words in texts.items():
+        firsts = [word[0].upper() for word in words if word not in FUNCTION_WORDS]
+        if len(firsts) >= 2:
+            initials.setdefault("".join(firsts), []).append(letter)
+    return {name: letters[0] for name, letters in initials.items() if len(letters) == 1}
+
+
+def _option_patterns(
+    texts: dict[str, list[str]],
+) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
+    """(an option's text, longest first; a letter with its stop before an option's text)."""
     names = sorted(
         {tuple(words) for words in texts.values() if words}, key=lambda w: -sum(map(len, w))
     )
     if not names:
-        return None
+        return None, None
     joined = "|".join(r"[\W_]+".join(map(re.escape, words)) for words in names)
-    return re.compile(rf"(?<![a-z0-9])({joined})(?:s|es)?(?![a-z0-9])")
+    return (
+        re.compile(rf"(?<![a-z0-9])({joined})(?:s|es)?(?![a-z0-9])"),
+        re.compile(rf"\b([A-J])\.\s+(?=(?i:{joined})\b)"),
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -212,7 +239,7 @@ def masked(text: str, mentions: list[Mention]) -> str:
 def read_sentences(think: str, case: Case) -> list[Sentence]:
     """The sentences of a trace in order, without list markers and wordless fragments."""
     sentences, position = [], 0
-    text = _LIST_MARK.sub("", think)
+    text = case.join_letters(_LIST_MARK.sub("", _MARKUP.sub("", think)))
     pieces = _SENTENCE_END.split(text)
     for piece in pieces:
         start = text.find(piece, position)
@@ -229,7 +256,7 @@ def read_sentences(think: str, case: Case) -> list[Sentence]:
 
 def numbered_items(think: str) -> list[str]:
     """The items of a numbered list in a trace ("1. ...", "2) ..."), without their numbers."""
-    return _NUMBERED.findall(think)
+    return _NUMBERED.findall(_MARKUP.sub("", think))
 
 
 def copied_share(words: list[str], source: list[str], size: int = 4) -> float:

@@ -14,8 +14,8 @@ Gates of every guideline
     single      not the marks of two further guidelines besides the own one
     named       a concluding sentence (most likely, therefore, thus, best explained by, answer is,
                 diagnosis is, conclude), last or in the last 30 %, names an option (text or letter)
-    agrees      that option is the answer, and so is the one of every other sentence with "answer
-                is", "diagnosis is", "therefore", "thus"; contradiction pays nothing
+    agrees      that option is the answer, and no other sentence with "answer is", "diagnosis is",
+                "therefore" or "thus" concludes on another one; contradiction pays nothing
 
 A *finding* is a phrase of the question stem (or of ``findings``) named outside an option's text:
 "fever", "tracheal deviation". All checks are within ONE sentence unless they say otherwise.
@@ -25,8 +25,8 @@ differential
                       two or more options, or a numbered list of three
     D2_candidates*    the list has three candidates (all, if fewer options), two of them options
     D3_exclusion*     after the list: another option + less likely / unlikely / against / ruled out
-                      / excluded / does not fit + a finding, or + no / without / absence of / lacks
-                      and any content word
+                      / excluded / does not fit + a finding, or no / without / absence of / lacks
+                      and a content word, or because / since / given and two of them
     D3_support        after the list: the winner + supports / favours / fits / suggests ... + a
                       finding
     D4_winner_listed  the concluded option stands in the list
@@ -80,6 +80,7 @@ from mmedx_fast.guideline_lexicon import (
     LIST_CUE,
     MECHANISM_PATTERN,
     PROBABILITY,
+    REASON,
     STRONG_CONCLUDE,
     SUPPORT,
 )
@@ -205,7 +206,11 @@ def _common_gates(trace: _Trace, answer: str | None) -> dict[str, bool]:
     words, count = trace.words, len(trace.words)
     lines = Counter(line.strip().lower() for line in trace.think.splitlines() if line.strip())
     said = Counter(" ".join(WORD.findall(s.lower)) for s in trace.sentences)
-    strong = [_concluded(s, STRONG_CONCLUDE) for s in trace.sentences]
+    strong = [
+        _concluded(s, STRONG_CONCLUDE)
+        for s in trace.sentences
+        if answer not in s.letters and not LIST_CUE.search(s.lower)
+    ]
     return {
         "length": 15 <= count <= 600,
         "sentences": sum(len(WORD.findall(s.lower)) >= 3 for s in trace.sentences) >= 2,
@@ -215,9 +220,7 @@ def _common_gates(trace: _Trace, answer: str | None) -> dict[str, bool]:
         and len(BROKEN.findall(trace.think.lower())) <= 1,
         "own_words": copied_share(words, trace.case.question_words) <= 0.5,
         "named": trace.winner is not None,
-        "agrees": trace.winner is not None
-        and trace.winner == answer
-        and all(letter in (None, answer) for letter in strong),
+        "agrees": trace.winner is not None and trace.winner == answer and not any(strong),
     }
 
 
@@ -247,8 +250,11 @@ def _differential(trace: _Trace) -> dict[str, bool]:
     excluded = supported = False
     for sentence in trace.sentences[start + 1 : trace.end + 1]:
         others = sentence.letters - {trace.winner}
-        reason = sentence.findings or (
-            ABSENCE.search(sentence.lower) and sentence.stems - CUE_STEMS
+        said = sentence.stems - CUE_STEMS
+        reason = (
+            sentence.findings
+            or (said and ABSENCE.search(sentence.lower))
+            or (len(said) >= 2 and REASON.search(sentence.lower))
         )
         if len(trace.case.letters) < 2:  # open question: the candidates' names are not known
             others = {"?"}

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_ANSWER_LINE = re.compile(r"answer(?:\s+is\b\s*:?|\s*\**\s*:)[ \t]*([^\n]*)", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"answer(?:\s+is\b\s*:?|[\s*]*:)[ \t]*", re.IGNORECASE)
+_BRACE = re.compile(r"\\boxed\s*\{|[{}]")
 _WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|mathbf|boxed)\s*\{([^{}]*)\}")
 _LETTER_ALONE = re.compile(r"[\s*_(\[\"']*([A-Za-z])[\s*_)\]\"'.:,]*", re.DOTALL)
 _LETTER_REST = re.compile(r"[\s*_(\[\"']*([A-Za-z])[*_]*[)\].:,]+[*_]*\s*(\S.*)", re.DOTALL)
@@ -62,19 +62,16 @@ def think_text(text: str) -> str:
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last ``\boxed{...}`` whose braces balance, or None."""
-    start = text.rfind("\\boxed")
-    while start != -1:
-        opening = start + len("\\boxed")
-        while opening < len(text) and text[opening].isspace():
-            opening += 1
-        if opening < len(text) and text[opening] == "{":
-            depth = 0
-            for position in range(opening, len(text)):
-                depth += {"{": 1, "}": -1}.get(text[position], 0)
-                if depth == 0:
-                    return text[opening + 1 : position]
-        start = text.rfind("\\boxed", 0, start)
-    return None
+    opened: list[tuple[int, bool]] = []
+    last: tuple[int, int] | None = None
+    for match in _BRACE.finditer(text):  # one pass: a degenerate text may hold thousands
+        if match.group() != "}":
+            opened.append((match.end(), len(match.group()) > 1))
+        elif opened:
+            start, boxed = opened.pop()
+            if boxed and (last is None or start > last[0]):
+                last = (start, match.start())
+    return None if last is None else text[last[0] : last[1]]
 
 
 def _unwrap(span: str) -> str:
@@ -95,16 +92,16 @@ def answer_span(text: str) -> str | None:
     "answer is ..." or "answer: ..." line. The last two are looked for after a closed ``</think>``
     if there is one, so that a thought on the way is not read as the answer.
     """
-    blocks = _ANSWER_BLOCK.findall(text)
-    if blocks:
-        return _unwrap(blocks[-1].rpartition("<answer>")[2])
+    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
+    if start != -1:
+        return _unwrap(text[start + len("<answer>") : text.find("</answer>", start)])
     if "</think>" in text:
         text = text.rpartition("</think>")[2]
     boxed = last_boxed(text)
     if boxed is not None:
         return _unwrap(boxed)
-    lines = _ANSWER_LINE.findall(text)
-    return _unwrap(lines[-1]) if lines else None
+    cues = [match.end() for match in _ANSWER_LINE.finditer(text)]
+    return _unwrap(text[cues[-1] :].partition("\n")[0]) if cues else None
 
 
 def match_option(span: str, options: Mapping[str, str]) -> str | None:
@@ -172,7 +169,11 @@ def strict_score(text: str, options: Mapping[str, str] | None, answer: str) -> f
 
 
 def _tag_content(text: str) -> str:
-    blocks = _ANSWER_BLOCK.findall(text)
+    blocks = []
+    for piece in text.split("</answer>")[:-1]:  # splitting is linear where a lazy regex is not
+        _, opened, content = piece.partition("<answer>")
+        if opened:
+            blocks.append(content)
     return " ".join(blocks) if blocks else text
 
 

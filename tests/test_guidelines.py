@@ -224,6 +224,20 @@ def test_contradiction_with_the_answer_is_worthless(name: str, case: Case, text:
     assert_worthless(case, f"{text} But in the end the answer is {case.options[other]}.")
 
 
+def test_conclusions_on_the_way_must_not_contradict() -> None:
+    case, text = GENUINE["differential"][3]
+    assert_worthless(case, f"The answer is pneumonia. {text}")
+    assert_worthless(case, f"{text} Thus the diagnosis is pneumothorax.")
+    listed = text.replace("Candidates: ", "The differential diagnosis is ")
+    assert scores(case, listed)["differential"] == 1.0
+    rejected = text.replace("Pneumonia is unlikely", "Pneumonia is therefore unlikely")
+    assert scores(case, rejected)["differential"] == 1.0
+    turned = text.replace(
+        "The answer is pulmonary", "The answer is, rather than pneumonia, pulmonary"
+    )
+    assert scores(case, turned)["differential"] == 1.0
+
+
 def test_the_answer_may_be_given_as_text() -> None:
     for _name, case, text in FLAT:
         assert scores(case, text) == scores(case, text, case.options[case.answer])
@@ -466,6 +480,93 @@ def test_instructions_are_short_and_part_at_the_first_word() -> None:
     assert all(len(text.split()) <= 25 and "\n" not in text for text in texts)
 
 
+FREE_FORM = [
+    (
+        "differential",
+        "**Differential Diagnosis:**\n1. **Pulmonary embolism** - sudden pleuritic pain, dyspnoea "
+        "and a "
+        "swollen calf support this.\n2. **Pneumonia** - less likely because the lungs are clear.\n"
+        "3. **Pneumothorax** - unlikely given clear auscultation.\n\n**Conclusion:** The most "
+        "likely "
+        "diagnosis is **B. Pulmonary embolism**.",
+    ),
+    (
+        "differential",
+        "The patient presents with pleuritic chest pain five days after a knee replacement. The "
+        "differential diagnosis includes pulmonary embolism, pneumonia, pneumothorax, and "
+        "myocardial "
+        "infarction. Pneumonia is less likely because there is no fever and the lungs are clear. "
+        "Pneumothorax would cause reduced breath sounds. The swollen calf and recent surgery "
+        "strongly "
+        "suggest a deep vein thrombosis with pulmonary embolism. Therefore, the correct answer is "
+        "(B) "
+        "Pulmonary embolism.",
+    ),
+    (
+        "bayesian",
+        "Given recent knee surgery, the pre-test probability of pulmonary embolism is "
+        "approximately "
+        "20-30%, compared with 10% for pneumonia. The swollen calf increases the probability of "
+        "pulmonary embolism to about 60%. Clear lungs on auscultation reduce the probability of "
+        "pneumonia "
+        "to 3% and raise pulmonary embolism to 75%. The heart rate of 118 further increases it to "
+        "85%. "
+        "Thus the posterior probability of pulmonary embolism is approximately 85%, making it the "
+        "most "
+        "likely diagnosis. Answer: B.",
+    ),
+    (
+        "bayesian",
+        "Prior probability of PE: 20%. A swollen calf (LR 4) updates pulmonary embolism to 50%. "
+        "Pleuritic "
+        "chest pain (LR 3) updates this to 75%. Posterior probability: 75%. The answer is B.",
+    ),
+    (
+        "analytic",
+        "After knee replacement, venous stasis and endothelial injury lead to thrombus formation "
+        "in the "
+        "deep veins, which explains the swollen calf. The thrombus embolizes to the pulmonary "
+        "arteries, "
+        "causing ventilation-perfusion mismatch and dyspnoea. Infarction of the pleura results in "
+        "pleuritic "
+        "pain. Therefore the answer is B.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), FREE_FORM)
+def test_free_form_model_output_is_read(name: str, text: str) -> None:
+    got = scores(CHEST, text)
+    assert got[name] == 1.0 and all(got[n] < 0.35 for n in GUIDELINE_NAMES if n != name), got
+
+
+def test_any_text_gets_a_score_between_zero_and_one() -> None:
+    rng = random.Random(3)
+    alphabet = [
+        *" \n.,:;()*%[]{}\\0123456789ABab\u0130\u00df\u7b54\u2013",
+        " is ",
+        " prior ",
+        " 5%",
+    ]
+    alphabet += [
+        " therefore the answer is ",
+        " because ",
+        "1. ",
+        " from ",
+        " by ",
+        " (A) ",
+        " not ",
+    ]
+    for _ in range(120):
+        text, stem, *options = (
+            "".join(rng.choices(alphabet, k=rng.randint(0, 60))) for _ in range(5)
+        )
+        named = dict(zip("ABC", options, strict=True))
+        for given in (named, None):
+            for result in adherence_all(text, question=stem, options=given, answer="A").values():
+                assert 0.0 <= result.score <= 1.0
+
+
 def test_a_thousand_texts_take_under_a_second() -> None:
     texts = [FLAT[i % len(FLAT)] for i in range(1000)]
     best = float("inf")
@@ -477,4 +578,6 @@ def test_a_thousand_texts_take_under_a_second() -> None:
                 findings=case.findings,
             )  # fmt: skip
         best = min(best, time.process_time() - start)
+        if best < 1.0:
+            break
     assert best < 1.0

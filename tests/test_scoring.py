@@ -1,5 +1,7 @@
 """Answer extraction and scorers against the tables of observed behaviour, and adversarial spans."""
 
+import time
+
 import pytest
 
 from mmedx_fast.scoring import (
@@ -50,6 +52,8 @@ OPTIONS = {
         "**Answer:** B",
         "The answer is A at first sight.\nSo the final answer is: (B) Pericarditis.",
         "<think>the answer is A</think>\nThe answer is B",
+        "The answer is A, or rather the answer is B",
+        "<answer>B</answer> </answer>",
         "<answer>A</answer> wait <answer>B</answer>",
         "<think><answer>A</answer></think><answer>B</answer>",
         "<answer>A <answer>B</answer>",
@@ -219,10 +223,20 @@ def test_format(text: str, good: bool) -> None:
     assert format_ok(text) is good
 
 
+def test_degenerate_texts_are_read_in_linear_time() -> None:
+    start = time.process_time()
+    for piece in (r"\boxed{", "<answer>", "<think>", "answer: ", "**", r"\text{", "{}"):
+        text = piece * 20_000
+        assert extract_answer(text, OPTIONS) is None
+        assert not format_ok(text)
+    assert time.process_time() - start < 2.0
+
+
 def test_helpers() -> None:
     assert think_text("<think> a\nb </think><answer>B</answer>") == "a\nb"
     assert think_text("<think>cut off") == "cut off"
     assert think_text("plain <answer>B</answer>") == "plain"
     assert last_boxed(r"\boxed{a{b}c}") == "a{b}c" and last_boxed("none") is None
+    assert last_boxed(r"\boxed{a \boxed{b}} {c} \boxed{d") == "b"
     assert answer_span("answer: ") == ""
     assert normalise(' "(Left\u00a0 Lung)." ') == "left lung"
