@@ -1,0 +1,66 @@
+"""Rollout engines: vLLM in this process, or plain transformers where vLLM is not installed."""
+
+from __future__ import annotations
+
+from mmedx_fast.config import ModelConfig, RolloutConfig
+from mmedx_fast.prompts import PromptBuilder
+from mmedx_fast.rollout.base import (
+    BASE_VERSION,
+    EngineStats,
+    Progress,
+    Request,
+    Rollout,
+    RolloutEngine,
+    RolloutError,
+    Sampling,
+)
+
+__all__ = [
+    "BASE_VERSION",
+    "EngineStats",
+    "Progress",
+    "Request",
+    "Rollout",
+    "RolloutEngine",
+    "RolloutError",
+    "Sampling",
+    "create_engine",
+]
+
+
+def create_engine(
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    builder: PromptBuilder,
+    *,
+    max_model_len: int | None = None,
+    max_images: int = 1,
+    lora: bool = True,
+    seed: int = 0,
+) -> RolloutEngine:
+    """Start the engine that ``rollout.engine`` names on the model folder ``model.path``.
+
+    ``max_model_len``: tokens of prompt plus response, by default ``data.max_prompt_length`` +
+    ``rollout.max_completion_length``. ``max_images``: most images in one question. ``lora``:
+    whether adapters will be loaded. Raises ``RolloutError``, among others when vLLM is not
+    installed.
+    """
+    if max_model_len is None:
+        max_model_len = builder.data.max_prompt_length + rollout.max_completion_length
+    if rollout.engine == "vllm":
+        from mmedx_fast.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            model,
+            rollout,
+            builder,
+            max_model_len=max_model_len,
+            max_images=max_images,
+            lora=lora,
+            seed=seed,
+        )
+    from mmedx_fast.rollout.transformers_engine import TransformersEngine
+
+    return TransformersEngine(
+        model, rollout, builder, max_model_len=max_model_len, max_images=max_images, lora=lora
+    )

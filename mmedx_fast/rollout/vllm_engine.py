@@ -1,0 +1,395 @@
+"""Rollouts through vLLM in this process, on CPU and CUDA alike."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmedx_fast._env import default_device, prepare_environment
+from mmedx_fast.config import ModelConfig, RolloutConfig
+from mmedx_fast.prompts import PromptBuilder, Question
+from mmedx_fast.rollout.base import (
+    BASE_VERSION,
+    EngineStats,
+    Progress,
+    Request,
+    Rollout,
+    RolloutError,
+    Sampling,
+    check_adapter,
+    check_requests,
+    check_weights,
+    cross,
+    renumber,
+    request_seeds,
+)
+
+_MIN_KV_BYTES = 64 << 20
+_MAX_CPU_KV_BYTES = 4 << 30
+_CPU_BLOCK_SIZE = 32
+"""vLLM's CPU default is 128, and only full blocks are shared: short prompts would share nothing."""
+
+
+class VllmEngine:
+    """vLLM behind :class:`mmedx_fast.rollout.base.RolloutEngine`.
+
+    One engine per process, kept to its end: closing it also tears down ``torch.distributed``.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        builder: PromptBuilder,
+        *,
+        max_model_len: int,
+        max_images: int = 1,
+        lora: bool = True,
+        seed: int = 0,
+        **overrides: Any,
+    ) -> None:
+        """Start the engine on ``model.path`` (weights in ``model.dtype``).
+
+        ``max_model_len``: prompt plus response, tokens. ``max_images``: images per prompt.
+        ``lora``: room for one adapter. ``overrides`` go to ``vllm.LLM`` as they are. Raises
+        ``RolloutError``.
+        """
+        self.builder = builder
+        self.version = BASE_VERSION
+        self.max_model_len = max_model_len
+        self.max_images = max_images
+        self.max_lora_rank = rollout.max_lora_rank
+        self.device = default_device()
+        self._lora = lora
+        self._request: Any = None
+        self._loads = 0
+        self._tensors: set[str] | None = None
+        self._sleeps = rollout.sleep and self.device == "cuda"
+        self._model_path = model.path
+        options = self._options(model, rollout, seed) | overrides
+        self._llm: Any = _start(options)
+        self._counters = self._read_counters()
+        self._tally = [0, 0, 0, 0.0]
+
+    def _options(self, model: ModelConfig, rollout: RolloutConfig, seed: int) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "model": model.path,
+            "dtype": model.dtype,
+            "seed": seed,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": rollout.max_num_seqs,
+            "limit_mm_per_prompt": {"image": self.max_images, "video": 0},
+            # Log-probs of the distribution sampled from: after temperature and banned ids.
+            "logprobs_mode": "processed_logprobs",
+            # Stop tokens are ours; a model folder's sampling defaults must not leak in.
+            "generation_config": "vllm",
+            "trust_remote_code": model.trust_remote_code,
+            "enable_prefix_caching": True,
+            "disable_log_stats": False,
+            "use_tqdm_on_load": False,
+            "block_size": rollout.block_size,
+            "kv_cache_memory_bytes": rollout.kv_cache_memory_bytes,
+        }
+        if self._lora:
+            options |= {
+                "enable_lora": True,
+                "max_lora_rank": rollout.max_lora_rank,
+                "max_loras": 1,
+                "max_cpu_loras": 2,
+            }
+        if self.device == "cpu":
+            options["enforce_eager"] = True
+            options["skip_mm_profiling"] = True
+            options["block_size"] = rollout.block_size or _CPU_BLOCK_SIZE
+            if rollout.kv_cache_memory_bytes is None:
+                options["kv_cache_memory_bytes"] = self._cpu_kv_bytes(model, rollout.max_num_seqs)
+        else:
+            options["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+            options["enable_sleep_mode"] = self._sleeps
+        return {key: value for key, value in options.items() if value is not None}
+
+    def _cpu_kv_bytes(self, model: ModelConfig, max_num_seqs: int) -> int:
+        """Room for every sequence at full length, within bounds: a CPU's memory is not the
+        engine's."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(
+            model.path, local_files_only=model.offline, trust_remote_code=model.trust_remote_code
+        ).get_text_config()
+        heads = config.num_key_value_heads
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        bytes_per_token = 2 * config.num_hidden_layers * heads * head_dim
+        bytes_per_token *= 4 if model.dtype == "float32" else 2
+        block = _CPU_BLOCK_SIZE
+        tokens = max_num_seqs * math.ceil(self.max_model_len / block + 1) * block
+        return max(_MIN_KV_BYTES, min(_MAX_CPU_KV_BYTES, tokens * bytes_per_token))
+
+    def generate(
+        self,
+        questions: Sequence[Question],
+        guidelines: Sequence[str | None],
+        sampling: Sampling,
+        progress: Progress | None = None,
+    ) -> list[Rollout]:
+        rollouts = self.generate_requests(cross(questions, guidelines), sampling, progress)
+        return renumber(rollouts, len(guidelines))
+
+    def generate_requests(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> list[Rollout]:
+        prompts = check_requests(requests, sampling, self.max_model_len, self.max_images)
+        start = time.perf_counter()
+        # The CPU sampler draws from torch's global generator, which belongs to the trainer.
+        with _preserved_rng():
+            outputs = self._run(requests, sampling, progress)
+        rollouts = [
+            self._rollout(index, requests[index], prompts[index], output, completion)
+            for index, output in enumerate(outputs)
+            for completion in output.outputs
+        ]
+        self._tally[0] += len(requests)
+        self._tally[1] += len(rollouts)
+        self._tally[2] += sum(len(rollout.token_ids) for rollout in rollouts)
+        self._tally[3] += time.perf_counter() - start
+        return rollouts
+
+    def _run(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None
+    ) -> list[Any]:
+        """Queue all requests, step until all are done; whatever fails, leave no request behind."""
+        engine = self._engine
+        names: list[str] = []
+        outputs: list[Any] = [None] * len(requests)
+        total = len(requests) * sampling.n
+        try:
+            for request, seed in zip(requests, request_seeds(requests, sampling.seed), strict=True):
+                names.append(self._enqueue(request, sampling, seed))
+            # Outputs carry the name without the random suffix that enqueue() returns.
+            index_of = {name.rpartition("-")[0] or name: i for i, name in enumerate(names)}
+            done = 0
+            while engine.has_unfinished_requests():
+                for output in self._step():
+                    if output.finished:
+                        outputs[index_of[output.request_id]] = output
+                        done += len(output.outputs)
+                        if progress:
+                            progress(done, total)
+        except BaseException:
+            if names:
+                engine.abort_request(names, internal=True)
+            raise
+        return outputs
+
+    def load_adapter(self, folder: str | Path | None, version: int) -> None:
+        old = self._request
+        new = None
+        if folder is not None:
+            new = self._add_adapter(Path(folder).resolve(), version)
+        if old is not None:
+            self._engine.remove_lora(old.lora_int_id)
+        self._request = new
+        self.version = BASE_VERSION if new is None else version
+        # The vision tower carries no adapter, so encoded images stay valid.
+        self._llm.reset_prefix_cache()
+
+    def _add_adapter(self, folder: Path, version: int) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        if not self._lora:
+            raise RolloutError(f"{folder}: the engine was started without room for adapters")
+        check_adapter(folder, self.max_lora_rank)
+        # A name and id used before would silently serve the old adapter or its cached prefixes.
+        self._loads += 1
+        request = LoRARequest(f"adapter-{self._loads}-v{version}", self._loads, str(folder))
+        try:
+            # In generate() a bad adapter would leave requests behind that spin for ever.
+            self._engine.add_lora(request)
+        except Exception as error:
+            raise RolloutError(f"{folder}: vLLM cannot load this adapter: {error}") from error
+        return request
+
+    def load_weights(self, folder: str | Path) -> None:
+        from safetensors import safe_open
+
+        if self._tensors is None:
+            self._tensors = check_weights(self._model_path)[1]
+        files, _ = check_weights(folder, self._tensors)
+
+        def tensors() -> Iterator[tuple[str, Any]]:
+            for file in files:
+                with safe_open(file, framework="pt") as opened:
+                    for key in opened.keys():
+                        yield key, opened.get_tensor(key)
+
+        self.load_adapter(None, BASE_VERSION)
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors()})
+        except Exception as error:
+            raise RolloutError(
+                f"{folder}: vLLM cannot take these weights: {error}; its model is now in an "
+                "undefined state, load other weights or start a new engine"
+            ) from error
+        finally:
+            self.reset_caches()
+
+    def sleep(self) -> None:
+        if self._sleeps:
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if self._sleeps:
+            self._llm.wake_up()
+
+    def reset_caches(self) -> None:
+        # All three: the scheduler else believes that an image is still encoded, and dies on it.
+        self._llm.reset_prefix_cache()
+        self._llm.reset_mm_cache()
+        self._engine.reset_encoder_cache()
+
+    def stats(self) -> EngineStats:
+        counters = self._read_counters()
+        queries, hits = (new - old for new, old in zip(counters, self._counters, strict=True))
+        self._counters = counters
+        requests, sequences, tokens, seconds = self._tally
+        self._tally = [0, 0, 0, 0.0]
+        return EngineStats(
+            requests=int(requests),
+            sequences=int(sequences),
+            generated_tokens=int(tokens),
+            seconds=seconds,
+            prefix_cache_hit_rate=hits / queries if queries else None,
+        )
+
+    def close(self) -> None:
+        if self._llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    @property
+    def _engine(self) -> Any:
+        if self._llm is None:
+            raise RolloutError("the rollout engine is closed")
+        return self._llm.llm_engine
+
+    def _enqueue(self, request: Request, sampling: Sampling, seed: int) -> str:
+        from vllm import SamplingParams
+
+        question, guideline = request
+        params = SamplingParams(
+            n=sampling.n,
+            temperature=0.0 if sampling.greedy else sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=None if sampling.greedy else seed,
+            stop_token_ids=self.builder.stop_token_ids,
+            # An exact mask: -inf on top of any logit, before the log-probs are taken.
+            logit_bias=dict.fromkeys(self.builder.banned_token_ids, -math.inf),
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        try:
+            (name,) = self._llm.enqueue(
+                question.vllm_prompt(guideline),
+                params,
+                lora_request=self._request,
+                use_tqdm=False,
+            )
+        except Exception as error:
+            raise RolloutError(
+                f"question {question.id!r}: vLLM refuses its prompt: {error}"
+            ) from error
+        return name
+
+    def _step(self) -> list[Any]:
+        try:
+            return self._engine.step()
+        except Exception as error:
+            raise RolloutError(f"vLLM failed while generating: {error}") from error
+
+    def _rollout(
+        self, index: int, request: Request, prompt: list[int], output: Any, completion: Any
+    ) -> Rollout:
+        question, guideline = request
+        if list(output.prompt_token_ids) != prompt:
+            raise RolloutError(
+                f"question {question.id!r}: vLLM made {len(output.prompt_token_ids)} prompt ids, "
+                f"the prompt builder {len(prompt)}; both must use the same processor files"
+            )
+        ids = list(completion.token_ids)
+        flat = completion.logprobs
+        return Rollout(
+            question=index,
+            guideline=guideline,
+            sample=completion.index,
+            prompt_ids=prompt,
+            token_ids=ids,
+            # Per position the sampled token comes first.
+            logprobs=[flat.logprobs[start] for start in flat.start_indices],
+            finish_reason="length" if completion.finish_reason == "length" else "stop",
+            text=self.builder.tokenizer.decode(ids, skip_special_tokens=True),
+        )
+
+    def _read_counters(self) -> tuple[int, int]:
+        values = {metric.name: getattr(metric, "value", 0) for metric in self._llm.get_metrics()}
+        return (
+            int(values["vllm:prefix_cache_queries"]),
+            int(values["vllm:prefix_cache_hits"]),
+        )
+
+
+def _start(options: dict[str, Any]) -> Any:
+    prepare_environment()
+    import torch
+
+    # The CPU worker replaces it by a function that only warns; the trainer needs the real one.
+    set_num_threads = torch.set_num_threads
+    try:
+        with _preserved_rng():
+            from vllm import LLM
+
+            if options.get("enable_lora") and torch.version.cuda is None:
+                from mmedx_fast.rollout import vllm_cpu_lora
+
+                vllm_cpu_lora.install()
+            return LLM(**options)
+    except ImportError as error:
+        extra = "cpu" if torch.version.cuda is None else "cuda"
+        raise RolloutError(
+            f"vLLM cannot be imported ({error}); install it with pip install "
+            f"'mmedx-fast[{extra}]', or set rollout.engine=transformers, which is slower"
+        ) from error
+    except Exception as error:
+        raise RolloutError(f"vLLM cannot start on {options['model']}: {error}") from error
+    finally:
+        torch.set_num_threads = set_num_threads
+
+
+@contextlib.contextmanager
+def _preserved_rng() -> Iterator[None]:
+    """Put the global random states of torch, numpy and random back on leaving."""
+    import numpy
+    import torch
+
+    states = random.getstate(), numpy.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
