@@ -70,12 +70,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """An sdist of a copy of the tree, and the wheel made from that sdist alone."""
     source = tmp_path_factory.mktemp("source") / "mmedx-fast"
     source.mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
+    for path in (ROOT / name for name in SOURCES):
+        if path.is_dir():
             ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
-        else:
-            shutil.copy2(ROOT / name, source / name)
+            shutil.copytree(path, source / path.name, symlinks=True, ignore=ignore)
+        elif path.exists():  # bench/ is not there in a checkout without benchmarks
+            shutil.copy2(path, source / path.name)
     run(sys.executable, "-m", "build", "--no-isolation", source, cwd=source)
     (wheel,) = (source / "dist").glob("*.whl")
     (sdist,) = (source / "dist").glob("*.tar.gz")
