@@ -1,0 +1,358 @@
+"""DeepSpeed around the LoRA parameters: gradients in, updates out, and a state that resumes bit for
+bit.
+
+The trainable parameters are float32 whatever the base's dtype, so they are their own master copy;
+the frozen base never enters the optimizer. One update may take any number of backward passes:
+``step`` is the boundary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmedx_fast.config import OptimizerConfig
+
+logger = logging.getLogger(__name__)
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_OWNED = {
+    "optimizer": "the optimizer section of the stage",
+    "scheduler": "the optimizer section of the stage",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "train_batch_size": "questions_per_step",
+    "train_micro_batch_size_per_gpu": "questions_per_step",
+    "gradient_accumulation_steps": "questions_per_step",
+    "managed_gradient_accumulation": "questions_per_step",
+}
+
+
+def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate at update `step` (from 0): linear warm-up, then the chosen decay
+    to 0."""
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if config.lr_scheduler_type == "linear":
+            return 1.0 - progress
+        if config.lr_scheduler_type == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0
+
+    return factor
+
+
+class _ClippedAdamW(torch.optim.AdamW):
+    """AdamW for ZeRO stage 0 that clips, reports the norm and skips a step whose norm is not
+    finite.
+
+    DeepSpeed's own clipping in float32 at stage 0 reports no norm and steps on NaN. The two
+    attributes are those its engine reads from an optimizer.
+    """
+
+    overflow = False
+    _global_grad_norm = 0.0
+
+    def __init__(self, params: Sequence[nn.Parameter], max_grad_norm: float, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs)
+        self.max_grad_norm = max_grad_norm
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(params, self.max_grad_norm).item()
+        self._global_grad_norm, self.overflow = norm, not math.isfinite(norm)
+        if not self.overflow:
+            super().step(closure)
+
+
+def ensure_distributed(device: torch.device) -> None:
+    """Join the launcher's process group, reuse one that exists, or make one of a single process.
+
+    The single-process group lives in memory: no port, no file.
+    """
+    import deepspeed
+    import torch.distributed as dist
+    from deepspeed.comm import comm as ds_comm
+
+    # Its shared-memory all-reduce is compiled on first use; gloo does the same without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Read by ZeRO-3 in every forward; a launcher has set it already.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        if ds_comm.cdb is not None:
+            # Something else (vLLM's shutdown) destroyed the group DeepSpeed had cached.
+            from deepspeed.utils import groups
+
+            ds_comm.cdb = None
+            groups._release_process_group_references()
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(backend, verbose=False)
+
+
+def gathered(params: Sequence[nn.Parameter]) -> Any:
+    """A context in which ZeRO-3 partitions of `params` are whole (all ranks enter it); else
+    nothing."""
+    partitioned = [p for p in params if hasattr(p, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)
+
+
+def check_deepspeed_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the user's DeepSpeed settings.
+
+    Raises:
+        ValueError: a key that another part of the configuration decides, or an unknown ZeRO stage.
+    """
+    for key, where in _OWNED.items():
+        if key in config:
+            raise ValueError(
+                f"deepspeed.{key} is decided by {where}; remove it from the DeepSpeed settings"
+            )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"deepspeed.zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    return dict(config)
+
+
+def _release_partitions(engine: Any) -> None:
+    """Free what ZeRO-3 keeps alive after `destroy` through contexts that refer to it."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    module = engine.module
+    vars(engine.optimizer).clear()
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [entry for entry in stack if entry is not module]
+    for param in module.parameters():
+        param.data = torch.empty(0, dtype=param.dtype, device=param.device)
+        param.ds_tensor.data = torch.empty(0, dtype=param.dtype, device=param.device)
+
+
+class Engine:
+    """One DeepSpeed engine over `module`, stepping `params` (name -> float32 LoRA parameter)."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        optimizer: OptimizerConfig,
+        deepspeed_config: Mapping[str, Any],
+        total_steps: int,
+        device: torch.device,
+    ) -> None:
+        settings = check_deepspeed_config(deepspeed_config)
+        self.stage: int = settings.get("zero_optimization", {}).get("stage", 0)
+        self.params = dict(params)
+        self._factor = lr_factor(optimizer, total_steps)
+        self._backwards = 0
+        kwargs: dict[str, Any] = {
+            "lr": optimizer.learning_rate,
+            "weight_decay": optimizer.weight_decay,
+        }
+        trainable = list(self.params.values())
+        basic: torch.optim.Optimizer
+        if self.stage == 0:
+            basic = _ClippedAdamW(trainable, optimizer.max_grad_norm, **kwargs)
+        else:
+            basic = torch.optim.AdamW(trainable, **kwargs)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(basic, self._factor)
+        settings |= {
+            "train_micro_batch_size_per_gpu": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": 0.0 if self.stage == 0 else optimizer.max_grad_norm,
+        }
+        settings.setdefault("steps_per_print", 1 << 30)
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        ensure_distributed(device)
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=basic,
+            model_parameters=trainable,
+            lr_scheduler=self._scheduler,
+            config=settings,
+        )
+        self._basic = basic
+        self._start_moments()
+
+    def _start_moments(self) -> None:
+        """Create Adam's state now (the first step would), so that it can be read and written any
+        time."""
+        zero = self.engine.optimizer
+        stepped = [param for group in self._basic.param_groups for param in group["params"]]
+        if self.stage == 3:
+            # It hands the partitions to Adam one by one, in the step.
+            stepped = list(zero.fp32_partitioned_groups_flat)
+        for param in stepped:
+            self._basic.state[param] = {
+                "step": torch.tensor(0.0),
+                **{moment: torch.zeros_like(param) for moment in _MOMENTS},
+            }
+        if self.stage in (1, 2):
+            from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+            for low, flat in zip(
+                zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True
+            ):
+                lazy_init_hp_params_optimizer_state(low, flat, self._basic.state)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._basic.param_groups[0]["lr"])
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of a loss whose weights add up over rows and ranks."""
+        # DeepSpeed averages over ranks; the weights are already shares of the global sum.
+        self.engine.backward(loss * self.engine.dp_world_size)
+        self._backwards += 1
+
+    def step(self) -> dict[str, float]:
+        """One update. A gradient norm that is not finite leaves everything as it was.
+
+        Returns:
+            grad_norm (before clipping; NaN when the step was skipped), learning_rate, skipped (0 or
+            1).
+
+        Raises:
+            RuntimeError: no backward since the last step.
+        """
+        if not self._backwards:
+            raise RuntimeError("step() without a backward: the step has no rows; skip it instead")
+        rate = self.learning_rate
+        self.engine.step()
+        self._backwards = 0
+        applied = self.engine.was_step_applied()
+        norm = float(self.engine.get_global_grad_norm()) if applied else math.nan
+        if not applied:
+            logger.warning("gradient norm is not finite: this update is skipped")
+        return {"grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
+
+    def values(self) -> dict[str, Tensor]:
+        """Whole float32 parameters on the CPU, copied. Every rank must call it."""
+        with gathered(list(self.params.values())):
+            return {
+                name: param.detach().to("cpu", torch.float32, copy=True)
+                for name, param in self.params.items()
+            }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Parameters, Adam's moments and counters. Independent of the ZeRO stage. Every rank must
+        call it."""
+        tensors = {f"param/{name}": value for name, value in self.values().items()}
+        for name, param in self.params.items():
+            for moment in _MOMENTS:
+                tensors[f"{moment}/{name}"] = self._moment(param, moment).to(
+                    "cpu", torch.float32, copy=True
+                )
+        steps = int(next(iter(self._basic.state.values()))["step"])
+        return tensors, {"optimizer_step": steps, "scheduler_step": int(self._scheduler.last_epoch)}
+
+    def _moment(self, param: nn.Parameter, moment: str) -> Tensor:
+        if self.stage == 0:
+            return self._basic.state[param][moment].detach()
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(param, moment).detach().reshape(self._shape(param))
+
+    @staticmethod
+    def _shape(param: nn.Parameter) -> torch.Size:
+        return getattr(param, "ds_shape", param.shape)
+
+    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state` returned, on any ZeRO stage and number of ranks.
+
+        Raises:
+            ValueError: a tensor or counter is missing, unknown or of another shape.
+        """
+        self._check_state(tensors, meta)
+        for name, param in self.params.items():
+            self._write(param, tensors[f"param/{name}"], None)
+            for moment in _MOMENTS:
+                self._write(param, tensors[f"{moment}/{name}"], moment)
+        for entry in self._basic.state.values():
+            entry["step"].fill_(float(meta["optimizer_step"]))
+        self._seek(int(meta["scheduler_step"]))
+
+    def _check_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        expected = {
+            f"{kind}/{name}": self._shape(param)
+            for name, param in self.params.items()
+            for kind in ("param", *_MOMENTS)
+        }
+        wrong = sorted(expected.keys() ^ tensors.keys())
+        if wrong:
+            raise ValueError(
+                f"the checkpoint's tensors do not fit this adapter: {len(wrong)} keys differ, such "
+                f"as {wrong[0]!r}; it was made with other LoRA settings"
+            )
+        for key, shape in expected.items():
+            if tensors[key].shape != shape:
+                raise ValueError(
+                    f"checkpoint tensor {key} is {tuple(tensors[key].shape)}, need {tuple(shape)}"
+                )
+        for key in ("optimizer_step", "scheduler_step"):
+            if not isinstance(meta.get(key), int):
+                raise ValueError(
+                    f"the checkpoint's {key} must be an integer, got {meta.get(key)!r}"
+                )
+
+    def _write(self, param: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        value = value.to(param.device, torch.float32).contiguous()
+        if self.stage == 0:
+            target = param.data if moment is None else self._basic.state[param][moment]
+            target.copy_(value)
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if moment is not None:
+            safe_set_full_optimizer_state(param, value, moment)
+            return
+        safe_set_full_fp32_param(param, value)
+        self.write_live(param, value)
+
+    @staticmethod
+    def write_live(param: nn.Parameter, value: Tensor) -> None:
+        """Set the copy of a parameter that the forward reads."""
+        if not hasattr(param, "ds_id"):
+            param.data.copy_(value)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+            param.data.copy_(value)
+
+    def _seek(self, step: int) -> None:
+        """Put the schedule where `step` updates leave it."""
+        self._scheduler.last_epoch = step
+        rates = [base * self._factor(step) for base in self._scheduler.base_lrs]
+        for group, rate in zip(self._basic.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._scheduler._last_lr = rates
+
+    def close(self) -> None:
+        """Give back what the engine holds; another one can be made in this process."""
+        self.engine.destroy()
+        if self.stage == 3:
+            _release_partitions(self.engine)
+        self._basic.state.clear()
+        del self.engine, self._basic, self._scheduler
+        self.params.clear()
