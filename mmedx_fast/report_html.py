@@ -58,8 +58,9 @@ tbody th { font-weight: 500; }
 td small { display: block; font-weight: 400; color: var(--muted); font-size: 0.78rem; line-height:
 1.2; } .narrow { max-width: 560px; }
 .compact { border: 0; margin: 0; }
-.compact th, .compact td { padding: 5px 7px; font-size: 0.82rem; }
-.compact thead th { font-size: 0.78rem; }
+.compact th, .compact td { padding: 5px; font-size: 0.8rem; }
+.compact tbody th { white-space: normal; line-height: 1.3; }
+.compact thead th { font-size: 0.72rem; white-space: normal; vertical-align: bottom; }
 tr.main th, tr.main td { background: var(--tint); }
 td.best { font-weight: 700; }
 article { margin: 14px 0; display: grid; grid-template-columns: 200px 1fr; gap: 4px 22px; }

@@ -174,6 +174,8 @@ def conflict_png(conflicts: Conflicts, measure: str) -> bytes:
     """The heatmap as a PNG of its own, on white."""
     with _style():
         figure = heatmap(conflicts, measure)
+        title = f"{measure.replace('_', ' ').capitalize()} by layer and module"
+        figure.suptitle(title, fontsize=10)
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=160, facecolor="white")
         return out.getvalue()

@@ -39,22 +39,24 @@ def _rl_figures(data: RunData) -> list[str]:
         return {label(k[len(prefix) : len(k) - len(suffix)]): k for k in found}
 
     rewards = {"total": "reward"} | named("rewards/", "/mean")
-    shares = {"questions without variance": "frac_reward_zero_std"}
-    shares |= {"prefix cache hits": "prefix_cache_hit_rate"}
-    shares |= {f"clipped, {k}": v for k, v in named("clip_ratio/").items()}
-    shares |= {"answers cut off": "completions/clipped_ratio"}
+    shares = {
+        "questions without variance": "frac_reward_zero_std",
+        "prefix cache hits": "prefix_cache_hit_rate",
+        "clipped from below": "clip_ratio/low_mean",
+        "clipped from above": "clip_ratio/high_mean",
+        "answers cut off": "completions/clipped_ratio",
+    }
+    drift = {"entropy": "entropy", "KL to the start": "kl"}
+    mismatch = {"mean": "sampling/sampling_logp_difference/mean"}
+    saved = {"tokens": "tokens_saved"}
     charts = [
         ("RL: rewards, mean over rollouts", rewards, "reward", False),
         ("RL: reward by guideline", named("reward_guideline/"), "reward", False),
-        (
-            "RL: entropy and KL",
-            {"entropy": "entropy", "KL to the start": "kl"},
-            "nat per token",
-            False,
-        ),
-        ("RL: length of answers", {"mean length": "completions/mean_length"}, "tokens", False),
+        ("RL: entropy and KL", drift, "nat per token", False),
+        ("RL: length of answers", {"mean": "completions/mean_length"}, "tokens", False),
         ("RL: shares", shares, "share", True),
-        ("RL: trainer against rollout engine", {"mismatch": "mismatch"}, "|log-prob| (nat)", False),
+        ("RL: log-probs, trainer against engine", mismatch, "mean |difference| (nat)", False),
+        ("RL: tokens, plain over tree", saved, "factor", False),
     ]
     figures = []
     for number, (title, wanted, unit, percent) in enumerate(charts):

@@ -71,6 +71,8 @@ def _make(tmp_path):
             "kl": 0.01,
             "entropy": 1.0,
             "completions/mean_length": 50,
+            "sampling/sampling_logp_difference/mean": 0.01,
+            "tokens_saved": 2.5,
             "seconds/rollout": 1.5,
             "tokens/rollout": 300,
         }
@@ -179,6 +181,9 @@ def test_content_is_that_of_the_files(whole):
     assert image.size == (50, 40) and image.getpixel((5, 5))[0] > 180
     for line in ("pediatrics", "brain senses", "bayesian", "intuitive", "accuracy"):
         assert line in text
+    for chart in ("Experts: loss", "reward by guideline", "entropy and KL", "plain over tree"):
+        assert chart in text
+    assert text.count("<figure>") == 13
     assert "old-1" not in text
 
 
