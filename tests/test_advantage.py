@@ -5,9 +5,11 @@ import importlib.metadata
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmedx_fast.kernels.advantage import guideline_advantages
 
@@ -85,7 +87,7 @@ def reference(
     return out
 
 
-def ragged(seed=0, rewards=3, nan=0.3):
+def ragged(seed=0, rewards=3, nan=0.3) -> tuple[Tensor, Tensor, Tensor]:
     """Uneven questions with unsorted, arbitrary ids, guidelines of one rollout, and rollouts
     nothing applies to."""
     g = torch.Generator().manual_seed(seed)
@@ -104,7 +106,7 @@ def ragged(seed=0, rewards=3, nan=0.3):
 @pytest.mark.parametrize("scale", ["guideline", "group", "batch", "none"])
 @pytest.mark.parametrize("combine", ["sum_then_normalize", "normalize_then_sum"])
 def test_equals_the_definition(combine: str, scale: str, baseline: str) -> None:
-    options = {
+    options: dict[str, Any] = {
         "combine": combine,
         "scale": scale,
         "baseline": baseline,
@@ -114,7 +116,8 @@ def test_equals_the_definition(combine: str, scale: str, baseline: str) -> None:
         "guideline_weights": torch.tensor([1.0, 0.5, 2.0, 1.5]),
     }
     for seed in range(4):
-        for extra in ({}, {"ddof": 0, "eps": 1e-6}):
+        extras: list[dict[str, Any]] = [{}, {"ddof": 0, "eps": 1e-6}]
+        for extra in extras:
             data = ragged(seed)
             got, _ = guideline_advantages(*data, **options, **extra)
             want = torch.tensor(reference(*data, **options, **extra))

@@ -216,12 +216,12 @@ def test_report_equals_dense_statistics() -> None:
     density = 0.4
     report = lora_conflicts(experts, MergeSpec(density=density), tile=700)
     full = torch.stack(dense(experts)).double()
-    kept = []
+    trimmed = []
     for f, d in zip(experts, full, strict=True):
         k = int(density * d.numel())
         t = d.abs().flatten().sort(descending=True)[0][k - 1]
-        kept.append(torch.where(d.abs() >= t, d, 0.0) if f is not None else d)
-    kept = torch.stack(kept)
+        trimmed.append(torch.where(d.abs() >= t, d, 0.0) if f is not None else d)
+    kept = torch.stack(trimmed)
     dot = torch.einsum("eij,fij->ef", full, full)
     torch.testing.assert_close(report.dot, dot, rtol=1e-5, atol=1e-4)
     norm = full.flatten(1).norm(dim=1)
