@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmedx_fast.config import ModelConfig, RolloutConfig
 from mmedx_fast.prompts import PromptBuilder
 from mmedx_fast.rollout.base import (
@@ -37,13 +39,14 @@ def create_engine(
     max_images: int = 1,
     lora: bool = True,
     seed: int = 0,
+    **vllm_options: Any,
 ) -> RolloutEngine:
     """Start the engine that ``rollout.engine`` names on the model folder ``model.path``.
 
     ``max_model_len``: tokens of prompt plus response, by default ``data.max_prompt_length`` +
     ``rollout.max_completion_length``. ``max_images``: most images in one question. ``lora``:
-    whether adapters will be loaded. Raises ``RolloutError``, among others when vLLM is not
-    installed.
+    whether adapters will be loaded. ``vllm_options`` go to ``vllm.LLM`` and override what this
+    project chooses. Raises ``RolloutError``, also when vLLM is not installed.
     """
     if max_model_len is None:
         max_model_len = builder.data.max_prompt_length + rollout.max_completion_length
@@ -58,7 +61,10 @@ def create_engine(
             max_images=max_images,
             lora=lora,
             seed=seed,
+            **vllm_options,
         )
+    if vllm_options:
+        raise ValueError(f"the transformers engine takes no vLLM options: {sorted(vllm_options)}")
     from mmedx_fast.rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(

@@ -237,31 +237,60 @@ def check_adapter(folder: str | Path, max_rank: int) -> dict[str, Any]:
     return config
 
 
-def check_weights(
-    folder: str | Path, expected: set[str] | None = None
-) -> tuple[list[Path], set[str]]:
-    """The safetensors shards of a model folder and the tensor names in them.
+def check_weights(model: str | Path, base: str | Path | None = None) -> list[Path]:
+    """The safetensors shards of a model: a folder, or a hub name that is in the local cache.
 
-    Raises ``RolloutError`` when there is none, or when ``expected`` names are missing: an engine
-    would go on with a mixture of old and new weights.
+    Raises ``RolloutError`` when there is none, or when a tensor of the model ``base`` is missing:
+    an engine would go on with a mixture of old and new weights.
     """
-    folder = Path(folder)
+    folder = _local_folder(model)
+    files, names = _shards(folder)
+    if base is not None:
+        missing = sorted(_shards(_local_folder(base))[1] - names)
+        if missing:
+            raise RolloutError(
+                f"{folder}: {len(missing)} of the model's tensors are missing, the first is "
+                f"{missing[0]}; write the complete model there"
+            )
+    return files
+
+
+def _local_folder(model: str | Path) -> Path:
+    if Path(model).is_dir():
+        return Path(model)
+    from transformers.utils import cached_file
+
+    try:
+        config = cached_file(str(model), "config.json", local_files_only=True)
+    except OSError:
+        config = None
+    if config is None:
+        raise RolloutError(f"{model}: no model folder, nor a model in the local hub cache")
+    return Path(config).parent
+
+
+def _shards(folder: Path) -> tuple[list[Path], set[str]]:
+    """Weight files of a model folder and the canonical names of the tensors in them."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [folder / name for name in shards]
     else:
         files = [folder / "model.safetensors"]
-    names: set[str] = set()
-    for file in files:
-        names |= set(_safetensors_keys(file))
-    missing = sorted((expected or set()) - names)
-    if missing:
-        raise RolloutError(
-            f"{folder}: {len(missing)} of the model's tensors are missing, the first is "
-            f"{missing[0]}; write the complete model there"
-        )
+    names = {_canonical(key) for file in files for key in _safetensors_keys(file)}
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RolloutError(f"{folder}: no readable config.json ({error})") from error
+    if config.get("tie_word_embeddings"):
+        names.discard("lm_head.weight")
     return files, names
+
+
+def _canonical(name: str) -> str:
+    """One spelling for the tensor names of published checkpoints and of transformers 5."""
+    name = name.removeprefix("model.")
+    return name.removeprefix("language_model.").removeprefix("model.")
 
 
 def _safetensors_keys(file: Path) -> list[str]:

@@ -74,7 +74,6 @@ class TransformersEngine:
         self._sleeps = rollout.sleep and self.device == "cuda"
         self._loads = 0
         self._adapter: str | None = None
-        self._tensors: set[str] | None = None
         self._tally = [0, 0, 0, 0.0]
         self._folder = model.path
         self._model: Any = self._load(model.path)
@@ -290,9 +289,7 @@ class TransformersEngine:
                 self._model.delete_adapter(name)
 
     def load_weights(self, folder: str | Path) -> None:
-        if self._tensors is None:
-            self._tensors = check_weights(self._config.path)[1]
-        check_weights(folder, self._tensors)
+        check_weights(folder, self._config.path)
         self._model = self._load(folder)
         self._folder = str(folder)
         self._adapter, self.version = None, BASE_VERSION

@@ -32,6 +32,7 @@ from mmedx_fast.rollout.base import (
 
 _MIN_KV_BYTES = 64 << 20
 _MAX_CPU_KV_BYTES = 4 << 30
+_CPU_BATCHED_TOKENS = 4096
 _CPU_BLOCK_SIZE = 32
 """vLLM's CPU default is 128, and only full blocks are shared: short prompts would share nothing."""
 
@@ -71,7 +72,6 @@ class VllmEngine:
         self._lora = lora
         self._request: Any = None
         self._loads = 0
-        self._tensors: set[str] | None = None
         self._sleeps = rollout.sleep and self.device == "cuda"
         self._model_path = model.path
         options = self._options(model, rollout, seed) | overrides
@@ -108,6 +108,10 @@ class VllmEngine:
         if self.device == "cpu":
             options["enforce_eager"] = True
             options["skip_mm_profiling"] = True
+            # vLLM draws a token for every chunk of a prompt and then rewinds the seeded generator,
+            # which CPU generators cannot do ("does not use offset"): prompts go in whole.
+            options["enable_chunked_prefill"] = False
+            options["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, self.max_model_len)
             options["block_size"] = rollout.block_size or _CPU_BLOCK_SIZE
             if rollout.kv_cache_memory_bytes is None:
                 options["kv_cache_memory_bytes"] = self._cpu_kv_bytes(model, rollout.max_num_seqs)
@@ -221,9 +225,7 @@ class VllmEngine:
     def load_weights(self, folder: str | Path) -> None:
         from safetensors import safe_open
 
-        if self._tensors is None:
-            self._tensors = check_weights(self._model_path)[1]
-        files, _ = check_weights(folder, self._tensors)
+        files = check_weights(folder, self._model_path)
 
         def tensors() -> Iterator[tuple[str, Any]]:
             for file in files:
