@@ -244,7 +244,7 @@ def test_forward_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_logits, "raw_logits", counted)
     hidden, weight, targets, _ = problem(n=300, v=50257, h=4)
     linear_logprob(hidden, weight, targets)[0].sum().backward()
-    assert max(seen) * 50257 <= 1 << 24 and len(seen) == 2 * len(seen[: len(seen) // 2])
+    assert max(seen) * 50257 <= 1 << 24
     assert sum(seen) == 600  # once forward, once backward
 
 
