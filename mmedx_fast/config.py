@@ -73,7 +73,9 @@ class LoraConfig(Section):
     r: int = Field(16, ge=1)
     lora_alpha: int = Field(32, ge=1)
     use_rslora: bool = False
-    target_modules: str = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    target_modules: str = (
+        r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    )
     """A regular expression on module names; the default leaves the vision tower alone."""
 
 
@@ -262,7 +264,9 @@ class Config(Section):
     gba: GbaConfig = GbaConfig()
     caci: CaciConfig = CaciConfig()
     eval: EvalConfig = EvalConfig()
-    deepspeed: str | dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
+    deepspeed: str | dict[str, Any] = Field(
+        default_factory=lambda: {"zero_optimization": {"stage": 0}}
+    )
     """A DeepSpeed JSON file (looked for beside the config, then in the package) or its content."""
     keep_checkpoints: int = Field(2, ge=1)
 
@@ -291,13 +295,17 @@ class Config(Section):
 def _known_names(value: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
     unknown = [name for name in value if name not in allowed]
     if unknown or not value:
-        raise ValueError(f"unknown {unknown}; choose from {list(allowed)}" if unknown else "is empty")
+        raise ValueError(
+            f"unknown {unknown}; choose from {list(allowed)}" if unknown else "is empty"
+        )
     if len(set(value)) != len(value):
         raise ValueError(f"repeats a name: {list(value)}")
     return value
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(
+    path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()
+) -> Config:
     """Read ``path`` (YAML; null gives the defaults), apply ``a.b=value`` overrides, validate.
 
     Values of overrides are parsed as YAML, so ``gba.steps=5``, ``gba.guidelines=[bayesian]`` and

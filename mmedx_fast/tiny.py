@@ -110,7 +110,7 @@ def model_config(tokenizer) -> object:
         patch_size=PATCH_SIZE,
         spatial_merge_size=SPATIAL_MERGE,
         temporal_patch_size=2,
-        window_size=PATCH_SIZE * SPATIAL_MERGE * 2,
+        window_size=IMAGE_SIZE,
         fullatt_block_indexes=[1],
         out_hidden_size=192,
     )
@@ -144,7 +144,9 @@ def save_processor(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def build_tiny(folder: str | Path, corpus: Iterable[str], seed: int = 0, vocab_size: int = 1536) -> Path:
+def build_tiny(
+    folder: str | Path, corpus: Iterable[str], seed: int = 0, vocab_size: int = 1536
+) -> Path:
     """Write a tiny Qwen2.5-VL with random weights, its tokenizer trained on ``corpus``, to ``folder``.
 
     Deterministic in ``corpus`` and ``seed``; weights are float32. Returns ``folder``.
@@ -153,7 +155,11 @@ def build_tiny(folder: str | Path, corpus: Iterable[str], seed: int = 0, vocab_s
 
     prepare_environment()
     import torch
-    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
+    from transformers import (
+        GenerationConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2TokenizerFast,
+    )
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,259 @@
+"""The ``mmedx`` command. Parses first; everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmedx_fast import __version__
+
+if TYPE_CHECKING:
+    from mmedx_fast.config import Config
+    from mmedx_fast.stages.context import Context
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code (2: bad input, 130: interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    _set_up_logging(options.verbose)
+    try:
+        code: int = options.command(options)
+        return code
+    except KeyboardInterrupt as stop:
+        said = (
+            f"{stop}. " if str(stop) else "Interrupted; finished stages and checkpoints are kept. "
+        )
+        again = shlex.join(["mmedx", *arguments])
+        print(f"\n{said}Go on with: {again}", file=sys.stderr)
+        return 130
+    except _expected_errors() as error:
+        if options.verbose:
+            raise
+        print(f"mmedx: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmedx",
+        description="Train medical vision-language models with MMedExpert-R1: specialty experts (DSA), "
+        "guideline RL (GBA), conflict-aware merge (CACI), evaluation.",
+    )
+    parser.add_argument("--version", action="version", version=f"mmedx-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        sub.add_argument("-v", "--verbose", action="store_true", help="log more; show tracebacks")
+        return sub
+
+    for name, command, text in (
+        ("run", _run, "All stages in order; goes on where an earlier run stopped"),
+        ("dsa", _dsa, "Train the specialty experts (LoRA, supervised)"),
+        ("gba", _gba, "Reinforcement learning under the clinical guidelines"),
+        ("conflicts", _conflicts, "Measure how the experts and the RL model conflict"),
+        ("merge", _merge, "Merge the experts and the RL model"),
+        ("eval", _eval, "Evaluate base, experts, RL and merged model"),
+        ("report", _report, "Write report.html and summary.json of a run"),
+        ("plan", _plan, "Tokens, memory and GPU hours of a run, before it starts"),
+    ):
+        sub = add(name, command, text)
+        sub.add_argument("config", help="YAML file, or the name of one that ships (demo.yaml)")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. gba.steps=50")
+        if name in ("dsa", "eval"):
+            what = "specialty" if name == "dsa" else "model"
+            sub.add_argument("--only", action="append", metavar=what.upper(), help=f"one {what}")
+
+    sub = add("phantom", _phantom, "Write the synthetic phantom-clinic data set to a folder")
+    sub.add_argument("folder")
+    for split, count in (("train", 480), ("validation", 120), ("test", 400)):
+        sub.add_argument(
+            f"--{split}", type=int, default=count, help="questions (default %(default)s)"
+        )
+    sub.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _config(options: argparse.Namespace) -> Config:
+    from mmedx_fast._paths import find_config
+    from mmedx_fast.config import load_config
+
+    return load_config(find_config(options.config), options.overrides)
+
+
+def _prepared(options: argparse.Namespace) -> Config:
+    """The config, with the environment set that torch and the engine read at import."""
+    cfg = _config(options)
+    from mmedx_fast._env import prepare_environment
+
+    prepare_environment(offline=cfg.model.offline)
+    return cfg
+
+
+def _in_context(options: argparse.Namespace, work: Callable[[Context], Any]) -> Any:
+    cfg = _prepared(options)
+    from mmedx_fast.run_folder import RunFolder
+    from mmedx_fast.stages.context import Context
+
+    with RunFolder.open(cfg) as run, Context(cfg, run) as ctx:
+        return work(ctx)
+
+
+def _run(options: argparse.Namespace) -> int:
+    cfg = _prepared(options)
+    from mmedx_fast.pipeline import run_pipeline
+
+    run_pipeline(cfg)
+    return 0
+
+
+def _dsa(options: argparse.Namespace) -> int:
+    def work(ctx: Context) -> None:
+        from mmedx_fast.stages.dsa import expert_stage, run_dsa
+
+        for name, result in run_dsa(ctx, _only(options, ctx.cfg.dsa.specialties)).items():
+            print(f"{name}: loss {result['loss']:.4f}, {expert_stage(ctx, name).dir / 'adapter'}")
+
+    _in_context(options, work)
+    return 0
+
+
+def _gba(options: argparse.Namespace) -> int:
+    def work(ctx: Context) -> None:
+        from mmedx_fast.stages.dsa import run_dsa
+        from mmedx_fast.stages.gba import gba_stage, run_gba
+
+        if ctx.cfg.gba.start != "base":
+            run_dsa(ctx)
+        result = run_gba(ctx)
+        print(f"reward {result['reward']:.4f}, {gba_stage(ctx).dir / 'adapter'}")
+
+    _in_context(options, work)
+    return 0
+
+
+def _conflicts(options: argparse.Namespace) -> int:
+    def work(ctx: Context) -> None:
+        from mmedx_fast.cost import render_table
+        from mmedx_fast.report_data import load_run
+        from mmedx_fast.report_plots import conflict_png
+        from mmedx_fast.run_folder import write_bytes
+        from mmedx_fast.stages.caci import caci_stage, run_conflicts
+
+        found = run_conflicts(ctx)
+        keys = ("sign_conflict", "weighted_sign_conflict", "cancelled_energy", "kept_fraction")
+        rows = [[name, *(f"{row[k]:.3f}" for k in keys)] for name, row in found["linears"].items()]
+        rows.append(["all", *(f"{found['summed'][k]:.3f}" for k in keys)])
+        print(render_table(["linear", *keys], rows))
+        folder = caci_stage(ctx).dir
+        data = load_run(ctx.run.path).conflicts
+        assert data is not None
+        write_bytes(folder / "conflicts.png", conflict_png(data, "sign_conflict"))
+        print(f"{folder / 'conflicts.json'}, {folder / 'conflicts.png'}")
+
+    _in_context(options, work)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    def work(ctx: Context) -> None:
+        from mmedx_fast.stages.caci import merged_model, run_caci
+
+        result = run_caci(ctx)
+        print(f"sign conflicts {result['conflict_rate']:.3f}, {merged_model(ctx)}")
+
+    _in_context(options, work)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    def work(ctx: Context) -> None:
+        from mmedx_fast.pipeline import headline, write_summary
+        from mmedx_fast.stages.evaluate import model_names, run_eval
+
+        run_eval(ctx, _only(options, tuple(model_names(ctx))))
+        print(headline(write_summary(ctx)))
+
+    _in_context(options, work)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    def work(ctx: Context) -> None:
+        from mmedx_fast.pipeline import make_report, write_summary
+
+        write_summary(ctx)
+        print(make_report(ctx.run.path))
+
+    _in_context(options, work)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from mmedx_fast.cost import plan, plan_text
+
+    print(plan_text(plan(_config(options))))
+    return 0
+
+
+def _phantom(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mmedx_fast.data.phantom import write_phantom
+
+    folder = write_phantom(
+        Path(options.folder),
+        train=options.train,
+        validation=options.validation,
+        test=options.test,
+        seed=options.seed,
+    )
+    print(folder)
+    return 0
+
+
+def _only(options: argparse.Namespace, known: tuple[str, ...]) -> tuple[str, ...]:
+    from mmedx_fast.config import ConfigError
+
+    for name in options.only or ():
+        if name not in known:
+            raise ConfigError(f"--only {name}: choose from {', '.join(known)}")
+    return tuple(options.only) if options.only else known
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is meant for the user; anything else is a defect and keeps its traceback."""
+    modules = sys.modules
+    found: list[type[Exception]] = [ValueError, FileNotFoundError]
+    for module, names in (
+        ("mmedx_fast.run_folder", ("RunFolderError", "DiskFullError")),
+        ("mmedx_fast.stages.context", ("StageError",)),
+        ("mmedx_fast.rollout.base", ("RolloutError",)),
+        ("mmedx_fast.policy", ("TreeMismatchError",)),
+    ):
+        if module in modules:
+            found.extend(getattr(modules[module], name) for name in names)
+    return tuple(found)
+
+
+def _set_up_logging(verbose: bool) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    logging.captureWarnings(True)
+    if not verbose:
+        warnings.filterwarnings("ignore", module=r"(torch|transformers|vllm|deepspeed)\b.*")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

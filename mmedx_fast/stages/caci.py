@@ -1,0 +1,218 @@
+"""CACI: the experts and the RL model become one model. Conflicts are measured first, then the task vectors
+are merged with TIES (or DARE, or linearly) straight from their LoRA factors into a copy of the base.
+
+Where the configuration gives several strengths (density, scale, weight of the RL model), each candidate is
+written, asked the validation questions, and the best one is kept; the test set plays no part in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedx_fast.config import CaciConfig
+from mmedx_fast.progress import progress
+from mmedx_fast.run_folder import Stage, write_folder, write_json
+from mmedx_fast.stages.context import Context, StageError
+from mmedx_fast.stages.dsa import expert_adapter
+from mmedx_fast.stages.gba import gba_stage, rl_adapter
+
+if TYPE_CHECKING:
+    from mmedx_fast.ops import LoraFactors, MergeSpec
+
+LOG = logging.getLogger(__name__)
+Factors = dict[str, "list[LoraFactors | None]"]
+
+
+def caci_stage(ctx: Context) -> Stage:
+    """The stage's place in the run folder, under the settings its result depends on."""
+    rl = gba_stage(ctx).fingerprint
+    return ctx.run.stage("caci", ctx.cfg.fingerprint("caci", "dsa", "lora") + rl)
+
+
+def merged_model(ctx: Context) -> Path:
+    """The merged model's folder. Raises StageError when the merge has not finished."""
+    stage = caci_stage(ctx)
+    if not stage.done():
+        raise StageError(f"there is no merged model in {stage.dir}; run mmedx merge first")
+    return stage.dir / "merged"
+
+
+def merge_sources(ctx: Context) -> dict[str, Path]:
+    """What is merged: the experts by specialty, then ``rl``."""
+    sources = {name: expert_adapter(ctx, name) for name in ctx.cfg.dsa.specialties}
+    return sources | {"rl": rl_adapter(ctx)}
+
+
+def candidates(caci: CaciConfig, experts: int) -> list[MergeSpec]:
+    """One spec per combination of the strengths the configuration lists; the last expert is the RL model."""
+    from mmedx_fast.ops import MergeSpec
+
+    return [
+        MergeSpec(
+            method=caci.method,
+            density=density,
+            trim_scope=caci.trim_scope,
+            election=caci.election,
+            divisor=caci.divisor,
+            lam=scale,
+            weights=(caci.expert_weight,) * (experts - 1) + (rl_weight,),
+            seed=caci.seed,
+        )
+        for density, scale, rl_weight in itertools.product(caci.density, caci.scale, caci.rl_weight)
+    ]
+
+
+def run_conflicts(ctx: Context) -> dict[str, Any]:
+    """Measure the conflicts between experts and RL model under the first candidate's trimming, and write
+    ``caci/conflicts.json`` (per linear and summed)."""
+    from mmedx_fast.ops import model_conflicts
+
+    stage = caci_stage(ctx)
+    sources = merge_sources(ctx)
+    factors = _read(sources)
+    spec = candidates(ctx.cfg.caci, len(sources))[0]
+    with progress(len(factors), "Conflicts", unit="linear") as bar:
+        report = model_conflicts(factors, spec, on_linear=lambda *_: bar.update(1))
+    document = {
+        "experts": list(sources),
+        "spec": describe(spec),
+        "linears": {_short(name): _measures(one) for name, one in report["linears"].items()},
+        "summed": _measures(report["total"]),
+        "full": report,
+    }
+    write_json(stage.dir / "conflicts.json", document)
+    return document
+
+
+def run_caci(ctx: Context) -> dict[str, Any]:
+    """Measure, merge, choose; returns the stage's result."""
+    stage = caci_stage(ctx)
+    if stage.done():
+        return stage.result()
+    from mmedx_fast.cost import PhaseMeter
+
+    meter = PhaseMeter()
+    with meter.phase("conflicts"):
+        conflicts = run_conflicts(ctx)
+    sources = merge_sources(ctx)
+    factors = _read(sources)
+    specs = candidates(ctx.cfg.caci, len(sources))
+    tried: list[dict[str, Any]] = []
+    best = 0
+    if len(specs) > 1:
+        tried = [
+            _try(ctx, stage, number, spec, factors, meter)
+            for number, spec in enumerate(progress(specs, "Merge candidates", unit="merge"))
+        ]
+        best = max(range(len(specs)), key=lambda i: (tried[i]["validation_accuracy"], -i))
+    with meter.phase("merge"), write_folder(stage.dir / "merged") as folder:
+        report = write_merged(ctx, factors, specs[best], folder)
+    shutil.rmtree(stage.dir / "candidates", ignore_errors=True)
+    write_json(stage.dir / "merge.json", report)
+    phases = meter.to_dict()
+    stage.finish(
+        {
+            "chosen": describe(specs[best]),
+            "candidates": tried,
+            "conflict_rate": conflicts["summed"]["sign_conflict"],
+            "lost_update_fraction": report["total"]["lost_update_fraction"],
+            "seconds": sum(phase["seconds"] for phase in phases.values()),
+            "phases": phases,
+        }
+    )
+    return stage.result()
+
+
+def write_merged(ctx: Context, factors: Factors, spec: MergeSpec, folder: Path) -> dict[str, Any]:
+    """Merge into a fresh copy of the base and save a complete model folder (weights, processor)."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from mmedx_fast.ops import merge_model_
+
+    model = AutoModelForImageTextToText.from_pretrained(
+        ctx.model_path,
+        dtype=getattr(torch, ctx.cfg.model.dtype),
+        local_files_only=ctx.cfg.model.offline,
+        trust_remote_code=ctx.cfg.model.trust_remote_code,
+    )
+    weights = {
+        name.removesuffix(".weight"): param.data
+        for name, param in model.named_parameters()
+        if param.dim() == 2 and name.endswith(".weight")
+    }
+    with torch.no_grad():
+        report = merge_model_(weights, factors, spec)
+    model.save_pretrained(folder)
+    ctx.builder.processor.save_pretrained(folder)
+    return report
+
+
+def describe(spec: MergeSpec) -> dict[str, Any]:
+    """The spec as plain JSON values."""
+    import dataclasses
+
+    made = dataclasses.asdict(spec)
+    return {key: str(value) if key == "delta_dtype" else value for key, value in made.items()} | {
+        "weights": list(spec.weights or ())
+    }
+
+
+def _try(
+    ctx: Context, stage: Stage, number: int, spec: MergeSpec, factors: Factors, meter: Any
+) -> dict[str, Any]:
+    """Validation accuracy of one candidate; a finished one is not tried again."""
+    import json
+
+    from mmedx_fast.stages.evaluate import ask
+
+    path = stage.dir / "candidates" / f"{number:03d}.json"
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    with meter.phase("merge"), write_folder(stage.dir / "candidates" / "model") as folder:
+        write_merged(ctx, factors, spec, folder)
+    questions = _selection(ctx)
+    with meter.phase("select"):
+        ctx.engine.load_weights(stage.dir / "candidates" / "model")
+        rows = ask(ctx, questions)
+    accuracy = sum(row["correct"] for row in rows) / len(rows)
+    result = {"spec": describe(spec), "validation_accuracy": accuracy, "questions": len(rows)}
+    write_json(path, result)
+    return result
+
+
+def _selection(ctx: Context) -> list[Any]:
+    """The same validation questions for every candidate, spread over the specialties."""
+    by_specialty: dict[str | None, list[Any]] = {}
+    for question in ctx.questions("validation"):
+        by_specialty.setdefault(question.record.specialty, []).append(question)
+    turns = itertools.zip_longest(*by_specialty.values())
+    spread = [question for turn in turns for question in turn if question is not None]
+    return spread[: ctx.cfg.caci.selection_limit]
+
+
+def _read(sources: dict[str, Path]) -> Factors:
+    from mmedx_fast.stages.adapters import base_notes, by_linear, load_factors
+
+    base_notes(sources)
+    return by_linear({name: load_factors(path) for name, path in sources.items()})
+
+
+def _short(linear: str) -> str:
+    return linear.removeprefix("model.").replace("language_model.", "")
+
+
+def _measures(report: dict[str, Any]) -> dict[str, Any]:
+    kept = report["kept_fraction"]
+    return {
+        "sign_conflict": report["sign_conflict_rate"],
+        "weighted_sign_conflict": report["weighted_sign_conflict_rate"],
+        "cancelled_energy": report["cancelled_energy"],
+        "kept_fraction": sum(kept) / len(kept),
+        "cosine": report["cosine"],
+    }

@@ -1,0 +1,119 @@
+"""Parts that the training stages share: loading a policy, checkpoints with every generator's state."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedx_fast._paths import find_config
+from mmedx_fast.config import Config, ConfigError
+from mmedx_fast.run_folder import Stage
+
+if TYPE_CHECKING:
+    from mmedx_fast.cost import PhaseMeter
+    from mmedx_fast.policy import Policy
+
+
+def deepspeed_settings(cfg: Config) -> dict[str, Any]:
+    """The DeepSpeed dictionary of ``cfg.deepspeed``: given in place, or read from its JSON file."""
+    if isinstance(cfg.deepspeed, dict):
+        return cfg.deepspeed
+    path = find_config(cfg.deepspeed)
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"deepspeed = {cfg.deepspeed}: cannot be read as JSON ({error})"
+        ) from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"deepspeed = {cfg.deepspeed}: must hold an object")
+    return settings
+
+
+def save_progress(
+    stage: Stage,
+    step: int,
+    policy: Policy,
+    meter: PhaseMeter,
+    cfg: Config,
+    extra: Mapping[str, Any],
+) -> None:
+    """Checkpoint after ``step`` updates: adapter, optimizer, schedule, generators, phase meter."""
+    from mmedx_fast.checkpoint import rng_state, save_checkpoint
+
+    tensors, meta = policy.state()
+    rng_tensors, rng_meta = rng_state()
+    state = {f"policy/{name}": tensor for name, tensor in tensors.items()} | rng_tensors
+    info = {"policy": meta, "rng": rng_meta, "meter": meter.to_dict(), "extra": dict(extra)}
+    save_checkpoint(stage.dir, step, state, info, keep=cfg.keep_checkpoints)
+
+
+def load_progress(stage: Stage, policy: Policy) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """(updates done, phase meter state, extra) of the newest good checkpoint; (0, {}, {}) without one."""
+    from mmedx_fast.checkpoint import load_latest, set_rng_state
+
+    found = load_latest(stage.dir)
+    if found is None:
+        return 0, {}, {}
+    step, tensors, meta = found
+    own = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("policy/")}
+    policy.load_state(own, meta["policy"])
+    set_rng_state(tensors, meta["rng"])
+    return step, meta["meter"], meta["extra"]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def row_target(policy: Policy) -> int | None:
+    """How long a row should get: a dense mask grows with its square, other backends with its length."""
+    from mmedx_fast.tree import DENSE_TARGET_TOKENS
+
+    return DENSE_TARGET_TOKENS if policy.module.backend == "dense" else None
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after the work so far was saved."""
+
+
+class StopSignal:
+    """While open, the first SIGINT or SIGTERM is remembered, so that a step can be finished and saved;
+    a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        import signal
+        import threading
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)

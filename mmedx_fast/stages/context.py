@@ -1,0 +1,238 @@
+"""What the stages of one run share: the folder, the data, the prompts, and one rollout engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mmedx_fast.config import Config, ConfigError
+from mmedx_fast.data.images import ImageError
+from mmedx_fast.data.loaders import Rejected, assert_disjoint, load_records
+from mmedx_fast.data.phantom import write_phantom
+from mmedx_fast.data.records import Record
+from mmedx_fast.progress import progress
+from mmedx_fast.prompts import PromptBuilder, PromptError, Question
+from mmedx_fast.rollout import RolloutEngine, create_engine
+from mmedx_fast.run_folder import RunFolder, write_text
+
+LOG = logging.getLogger(__name__)
+
+
+class StageError(RuntimeError):
+    """A stage that cannot run; the message says what is missing and which command makes it."""
+
+
+class Context:
+    """Opened once per command; use as a context manager."""
+
+    def __init__(self, cfg: Config, run: RunFolder) -> None:
+        self.cfg = cfg
+        self.run = run
+        self._records: dict[str, list[Record]] = {}
+        self._questions: dict[str, list[Question]] = {}
+        self._engine: RolloutEngine | None = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    # -- model -----------------------------------------------------------------------------------
+
+    @cached_property
+    def model_path(self) -> Path:
+        """The model's folder (a hub name is resolved by transformers when not offline)."""
+        return resolve_model(self.cfg)
+
+    @cached_property
+    def model(self) -> Any:
+        """``cfg.model`` with its path resolved."""
+        return self.cfg.model.model_copy(update={"path": str(self.model_path)})
+
+    @cached_property
+    def builder(self) -> PromptBuilder:
+        return PromptBuilder.from_folder(
+            self.model_path,
+            self.cfg.data,
+            self.cfg.model.max_pixels,
+            offline=self.cfg.model.offline,
+            trust_remote_code=self.cfg.model.trust_remote_code,
+        )
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The run's rollout engine, started on first use and kept: starting one takes seconds."""
+        if self._engine is None:
+            longest = max(
+                self.cfg.rollout.max_completion_length, self.cfg.eval.max_completion_length
+            )
+            self._engine = create_engine(
+                self.model,
+                self.cfg.rollout,
+                self.builder,
+                max_model_len=self.cfg.data.max_prompt_length + longest,
+                max_images=self.max_images,
+                seed=self.cfg.seed,
+            )
+        return self._engine
+
+    @cached_property
+    def max_images(self) -> int:
+        splits = [self.records(name) for name in ("train", "validation", "test")]
+        return max((len(r.images) for records in splits for r in records), default=1) or 1
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def records(self, split: str) -> list[Record]:
+        """The rows of ``train``, ``validation`` or ``test`` that their loader accepts."""
+        if not self._records:
+            self._records = self._load_all()
+        return self._records[split]
+
+    def questions(self, split: str) -> list[Question]:
+        """The rows of a split whose images open and whose longest prompt fits.
+
+        The others are counted and written, with their reasons, to ``data/rejected-<split>.jsonl``.
+        """
+        if split not in self._questions:
+            records = self.records(split)
+            self._questions[split] = [
+                question
+                for record in progress(records, f"Reading {split}", unit="row")
+                if (question := self._usable(record, split)) is not None
+            ]
+            if not self._questions[split]:
+                raise StageError(
+                    f"{split}: none of {len(records)} rows can be used; the reasons are in "
+                    f"{self._rejected_file(split)}"
+                )
+        return self._questions[split]
+
+    def _load_all(self) -> dict[str, list[Record]]:
+        data = self.cfg.data
+        found = {"train": self._load(data.train, "train"), "test": self._load(data.test, "test")}
+        if data.validation is not None or data.train == "phantom":
+            source = data.validation or "phantom"
+            found["validation"] = self._load(source, "validation")
+        else:
+            found["train"], found["validation"] = _hold_out(
+                found["train"], data.validation_fraction, self.cfg.seed
+            )
+        assert_disjoint(found["train"], found["test"])
+        return found
+
+    def _load(self, source: str, split: str) -> list[Record]:
+        phantom = self.cfg.phantom
+        folder = Path(source)
+        if source == "phantom":
+            folder = write_phantom(
+                self.run.path / "data" / "phantom",
+                train=phantom.train,
+                validation=phantom.validation,
+                test=phantom.test,
+                seed=phantom.seed,
+            )
+        elif not folder.exists():
+            raise ConfigError(f"data.{split} = {source}: there is no such file or folder")
+        result = load_records(
+            folder,
+            split=split,
+            format=None if source == "phantom" else self.cfg.data.format,
+            limit=self.cfg.data.limit,
+        )
+        LOG.info("%s: %s", split, result.summary())
+        LOG.info("%s: specialties %s", split, dict(Counter(r.specialty for r in result.records)))
+        self._note_rejected(split, result.rejected)
+        return result.records
+
+    def _usable(self, record: Record, split: str) -> Question | None:
+        try:
+            question = self.builder.question(record)
+            for guideline in (None, *self.cfg.gba.guidelines):
+                question.prompt_ids(guideline)
+        except (PromptError, ImageError) as error:
+            row = Rejected(
+                file=str(record.images[0]) if record.images else "",
+                row=0,
+                id=record.id,
+                field="images" if isinstance(error, ImageError) else "prompt",
+                value="",
+                reason=str(error),
+            )
+            self._note_rejected(split, [row])
+            return None
+        return question
+
+    def _rejected_file(self, split: str) -> Path:
+        return self.run.path / "data" / f"rejected-{split}.jsonl"
+
+    def _note_rejected(self, split: str, rejected: Sequence[Rejected]) -> None:
+        if not rejected:
+            return
+        path = self._rejected_file(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = dict.fromkeys(path.read_text().splitlines()) if path.exists() else {}
+        rows.update(dict.fromkeys(json.dumps(vars(row)) for row in rejected))
+        write_text(path, "".join(line + "\n" for line in rows))
+        LOG.warning("%s: %d rows cannot be used, see %s", split, len(rejected), path)
+
+
+def resolve_model(cfg: Config) -> Path:
+    """The folder of ``model.path``; raises ConfigError naming the remedy when it is not there."""
+    if cfg.model.path == "tiny":
+        from mmedx_fast.tiny import assets_folder
+
+        folder = assets_folder()
+        if not (folder / "model.safetensors").is_file():
+            raise ConfigError(
+                f"the tiny model is missing from {folder}; make it with "
+                "python -m mmedx_fast.tiny_pretrain"
+            )
+        return folder
+    folder = Path(cfg.model.path)
+    if folder.is_dir():
+        return folder
+    if cfg.model.offline:
+        raise ConfigError(
+            f"model.path = {cfg.model.path}: no such folder; give a local folder, or set "
+            "model.offline=false to let transformers look it up on its hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(cfg.model.path))
+
+
+def _hold_out(
+    records: list[Record], fraction: float, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Split off a validation share, the same for the same ids and seed."""
+    count = max(1, round(len(records) * fraction))
+    if len(records) < 2:
+        raise ConfigError("data.validation is not given and one training row cannot be split")
+    order = random.Random(f"{seed}-validation").sample(range(len(records)), count)
+    held = set(order)
+    train = [r for i, r in enumerate(records) if i not in held]
+    return train, [r for i, r in enumerate(records) if i in held]
+
+
+def batches(count: int, size: int, steps: int, seed: object) -> Iterable[list[int]]:
+    """``steps`` lists of ``size`` indices below ``count``: epoch after epoch, each shuffled anew.
+
+    A pure function of its arguments, so that the data position of a resumed run is its step number.
+    """
+    rng = random.Random(f"{seed}")
+    queue: list[int] = []
+    for _ in range(steps):
+        while len(queue) < size:
+            queue.extend(rng.sample(range(count), count))
+        yield queue[:size]
+        queue = queue[size:]

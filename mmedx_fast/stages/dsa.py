@@ -1,0 +1,198 @@
+"""DSA: one LoRA expert per specialty, trained on step-by-step traces under every guideline it has.
+
+The traces of one question share [images + question] in a packed row, so that its image and stem are computed
+once for all four guidelines.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedx_fast.progress import progress
+from mmedx_fast.prompts import Question
+from mmedx_fast.run_folder import Stage, write_folder
+from mmedx_fast.stages.common import (
+    Stopped,
+    StopSignal,
+    deepspeed_settings,
+    load_progress,
+    row_target,
+    save_progress,
+    seed_everything,
+)
+from mmedx_fast.stages.context import Context, StageError, batches
+
+if TYPE_CHECKING:
+    from mmedx_fast.policy import Policy
+    from mmedx_fast.tree import Tree
+
+LOG = logging.getLogger(__name__)
+
+
+def expert_stage(ctx: Context, specialty: str) -> Stage:
+    """The specialty's place in the run folder, under the settings its result depends on."""
+    return ctx.run.stage(
+        f"dsa/{specialty}", ctx.cfg.fingerprint("seed", "model", "data", "phantom", "lora", "dsa")
+    )
+
+
+def expert_adapter(ctx: Context, specialty: str) -> Path:
+    """The trained adapter's folder. Raises StageError when DSA has not finished for it."""
+    stage = expert_stage(ctx, specialty)
+    if not stage.done():
+        raise StageError(
+            f"there is no finished expert for {specialty} in {stage.dir}; run mmedx dsa first"
+        )
+    return stage.dir / "adapter"
+
+
+def run_dsa(ctx: Context, specialties: tuple[str, ...] | None = None) -> dict[str, dict[str, Any]]:
+    """Train the experts that are not done yet; returns each one's result."""
+    results = {}
+    for specialty in specialties or ctx.cfg.dsa.specialties:
+        stage = expert_stage(ctx, specialty)
+        if not stage.done():
+            if ctx.cfg.dsa.reuse is not None:
+                _take_over(ctx, stage, Path(ctx.cfg.dsa.reuse))
+            else:
+                _train_expert(ctx, stage, specialty)
+        results[specialty] = stage.result()
+    return results
+
+
+def _take_over(ctx: Context, stage: Stage, source: Path) -> None:
+    """Copy a finished expert of another run."""
+    import json
+    import shutil
+
+    theirs = source / stage.name
+    try:
+        result = json.loads((theirs / "done.json").read_text())["result"]
+    except (OSError, ValueError, KeyError) as error:
+        raise StageError(
+            f"dsa.reuse = {source}: {theirs} holds no finished expert ({error}); finish that run first"
+        ) from None
+    with write_folder(stage.dir / "adapter") as folder:
+        shutil.copytree(theirs / "adapter", folder, dirs_exist_ok=True)
+    shutil.copyfile(theirs / "metrics.jsonl", stage.dir / "metrics.jsonl")
+    stage.finish({**result, "seconds": 0.0, "reused": str(source)})
+
+
+def sft_tree(question: Question) -> tuple[Tree, list[int]]:
+    """The question with all its traces as branches, and each target's token count."""
+    from mmedx_fast.tree import Branch, Tree
+
+    branches = []
+    for key in question.record.reasoning:
+        guideline = key or None
+        text = question.builder.target_text(question.record, guideline)
+        branches.append(Branch(question.prompt_ids(guideline), question.builder.response_ids(text)))
+    tree = Tree(tuple(branches), question.pixel_values, question.image_grid_thw, question.id)
+    return tree, [len(branch.response_ids) for branch in branches]
+
+
+def _training_questions(ctx: Context, specialty: str) -> list[Question]:
+    questions = [q for q in ctx.questions("train") if q.record.specialty == specialty]
+    if not questions:
+        raise StageError(
+            f"the training data has no questions of {specialty}; leave it out with dsa.specialties=[...]"
+        )
+    traced = [q for q in questions if q.record.reasoning]
+    if not traced:
+        raise StageError(
+            f"none of the {len(questions)} training questions of {specialty} has a reasoning trace; "
+            "DSA needs them (MMedExpert JSONL). For RL alone: mmedx gba gba.start=base"
+        )
+    if len(traced) < len(questions):
+        LOG.warning(
+            "%s: %d of %d questions have no trace and are left out of DSA",
+            specialty,
+            len(questions) - len(traced),
+            len(questions),
+        )
+    return traced
+
+
+def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
+    from mmedx_fast.cost import PhaseMeter
+    from mmedx_fast.metrics import MetricsLogger
+    from mmedx_fast.policy import Policy
+
+    cfg, dsa = ctx.cfg, ctx.cfg.dsa
+    questions = _training_questions(ctx, specialty)
+    seed_everything(cfg.seed)
+    policy = Policy.load(
+        ctx.model_path,
+        model=ctx.model,
+        lora=cfg.lora,
+        optimizer=dsa.optimizer,
+        total_steps=dsa.steps,
+        deepspeed=deepspeed_settings(cfg),
+        seed=cfg.seed,
+        banned_token_ids=ctx.builder.banned_token_ids,
+    )
+    try:
+        done, meter_state, _ = load_progress(stage, policy)
+        meter = PhaseMeter(meter_state)
+        order = list(
+            batches(len(questions), dsa.questions_per_step, dsa.steps, (cfg.seed, specialty))
+        )
+        with (
+            MetricsLogger(stage.dir, ctx.run.path / "tb" / stage.name, resume_step=done) as log,
+            progress(dsa.steps, f"DSA {specialty}", unit="step", start=done) as bar,
+            StopSignal() as stop,
+        ):
+            for step in range(done + 1, dsa.steps + 1):
+                metrics = _update(policy, [questions[i] for i in order[step - 1]], meter, ctx)
+                log.log(step, metrics | meter.take())
+                due = step % dsa.save_steps == 0 or stop.requested
+                if due and step < dsa.steps:
+                    save_progress(stage, step, policy, meter, cfg, {})
+                    if stop.requested:
+                        raise Stopped(f"DSA {specialty} stopped after step {step}; it is saved")
+                bar.update(1, loss=metrics["loss"])
+        policy.save_adapter(stage.dir / "adapter")
+        phases = meter.to_dict()
+        stage.finish(
+            {
+                "specialty": specialty,
+                "questions": len(questions),
+                "steps": dsa.steps,
+                "loss": metrics["loss"],
+                "base_fingerprint": policy.fingerprint,
+                "seconds": sum(phase["seconds"] for phase in phases.values()),
+                "phases": phases,
+            }
+        )
+    finally:
+        policy.close()
+
+
+def _update(
+    policy: Policy, questions: list[Question], meter: Any, ctx: Context
+) -> dict[str, float]:
+    """One optimizer step: the mean over all target tokens of the batch's negative log-likelihood."""
+    import torch
+
+    from mmedx_fast.tree import plan_rows
+
+    with meter.phase("data"):
+        made = [sft_tree(question) for question in questions]
+        tokens = sum(sum(lengths) for _, lengths in made)
+        plans = plan_rows(
+            [tree for tree, _ in made],
+            ctx.cfg.gba.max_row_tokens,
+            target_tokens=row_target(policy),
+        )
+        rows = [plan.pack(policy.rope_index) for plan in plans]
+    loss = 0.0
+    computed = sum(row.n_tokens for row in rows)
+    with meter.phase("train", tokens=computed):
+        for row in rows:
+            weight = torch.full(row.targets.shape, 1.0 / tokens)
+            loss += policy.sft_backward(row, weight)["sum:loss"]
+        stepped = policy.step()
+    plain = sum(row.n_tokens_plain for row in rows)
+    return {"loss": loss, "tokens_saved": plain / computed, **stepped}

@@ -1,0 +1,446 @@
+"""GBA: each question is answered under four clinical reasoning guidelines; rewards become advantages
+relative to the question and to the guideline, and the policy is updated on packed trees of rollouts.
+
+One step: rollouts -> rewards -> advantages -> one update (or ``num_iterations``) -> the new adapter goes to
+the engine. The base weights are never written; their checksum is compared at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedx_fast.progress import progress
+from mmedx_fast.prompts import Question
+from mmedx_fast.rollout import Rollout, Sampling
+from mmedx_fast.run_folder import Stage, write_folder, write_text
+from mmedx_fast.stages.common import (
+    Stopped,
+    StopSignal,
+    deepspeed_settings,
+    load_progress,
+    row_target,
+    save_progress,
+    seed_everything,
+)
+from mmedx_fast.stages.context import Context, StageError, batches
+from mmedx_fast.stages.dsa import expert_adapter
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from mmedx_fast.cost import PhaseMeter
+    from mmedx_fast.ops import PolicyLossSpec
+    from mmedx_fast.policy import Policy
+    from mmedx_fast.tree import PackedRow, RowPlan, Tree
+
+LOG = logging.getLogger(__name__)
+SAMPLES_KEPT = 16
+
+
+def gba_stage(ctx: Context) -> Stage:
+    """The stage's place in the run folder, under the settings its result depends on."""
+    sections = ("seed", "model", "data", "phantom", "lora", "rollout", "gba", "deepspeed")
+    if ctx.cfg.gba.start != "base":
+        sections = (*sections, "dsa")
+    return ctx.run.stage("gba", ctx.cfg.fingerprint(*sections))
+
+
+def rl_adapter(ctx: Context) -> Path:
+    """The RL adapter's folder. Raises StageError when GBA has not finished."""
+    stage = gba_stage(ctx)
+    if not stage.done():
+        raise StageError(f"there is no finished RL adapter in {stage.dir}; run mmedx gba first")
+    return stage.dir / "adapter"
+
+
+def start_adapter(ctx: Context, stage: Stage) -> Path | None:
+    """The adapter that RL starts from, made on first use; null for ``base``."""
+    start = ctx.cfg.gba.start
+    if start == "base":
+        return None
+    if start != "experts_mean":
+        return expert_adapter(ctx, start)
+    folder = stage.dir / "start"
+    if not folder.exists():
+        from mmedx_fast.stages.adapters import write_mean_adapter
+
+        sources = {name: expert_adapter(ctx, name) for name in ctx.cfg.dsa.specialties}
+        with write_folder(folder) as partial:
+            write_mean_adapter(partial, sources, ctx.cfg.lora)
+    return folder
+
+
+def run_gba(ctx: Context) -> dict[str, Any]:
+    """Train the RL adapter if it is not done yet; returns the stage's result."""
+    stage = gba_stage(ctx)
+    if not stage.done():
+        _Trainer(ctx, stage).run()
+    return stage.result()
+
+
+class _Trainer:
+    """State of one GBA run; ``run`` reads as the algorithm."""
+
+    def __init__(self, ctx: Context, stage: Stage) -> None:
+        from mmedx_fast.policy import Policy
+        from mmedx_fast.rewards import RewardRunner
+
+        self.ctx, self.stage, self.cfg = ctx, stage, ctx.cfg
+        self.gba = ctx.cfg.gba
+        self.questions = ctx.questions("train")
+        self.rewards = RewardRunner([(r.name, r.weight, dict(r.kwargs)) for r in self.gba.rewards])
+        self.spec = _loss_spec(ctx)
+        seed_everything(self.cfg.seed)
+        start = start_adapter(ctx, stage)
+        self.policy = Policy.load(
+            ctx.model_path,
+            model=ctx.model,
+            lora=self.cfg.lora,
+            adapter=start,
+            reference=self.gba.loss.beta > 0,
+            optimizer=self.gba.optimizer,
+            total_steps=self.gba.steps * self.gba.num_iterations,
+            deepspeed=deepspeed_settings(self.cfg),
+            seed=self.cfg.seed,
+            banned_token_ids=ctx.builder.banned_token_ids,
+        )
+
+    def run(self) -> None:
+        from mmedx_fast.cost import PhaseMeter
+        from mmedx_fast.metrics import MetricsLogger
+
+        try:
+            checksum = self.policy.base_checksum()
+            done, meter_state, _ = load_progress(self.stage, self.policy)
+            self.meter: PhaseMeter = PhaseMeter(meter_state)
+            order = list(
+                batches(
+                    len(self.questions),
+                    self.gba.questions_per_step,
+                    self.gba.steps,
+                    (self.cfg.seed, "gba"),
+                )
+            )
+            tb = self.ctx.run.path / "tb" / self.stage.name
+            with (
+                MetricsLogger(self.stage.dir, tb, resume_step=done) as log,
+                progress(self.gba.steps, "GBA", unit="step", start=done) as bar,
+                StopSignal() as stop,
+            ):
+                self.sync(done)
+                for step in range(done + 1, self.gba.steps + 1):
+                    metrics = self.step(step, [self.questions[i] for i in order[step - 1]])
+                    log.log(step, metrics | self.meter.take())
+                    due = step % self.gba.save_steps == 0 or stop.requested
+                    if due and step < self.gba.steps:
+                        save_progress(self.stage, step, self.policy, self.meter, self.cfg, {})
+                        if stop.requested:
+                            raise Stopped(f"GBA stopped after step {step}; it is saved")
+                    bar.update(1, reward=metrics["reward"])
+            self._finish(checksum)
+        finally:
+            self.policy.close()
+
+    def step(self, step: int, questions: list[Question]) -> dict[str, float]:
+        """Rollouts, rewards, advantages, update, sync."""
+        rollouts = self.generate(step, questions)
+        with self.meter.phase("reward"):
+            columns = reward_columns(questions, rollouts)
+            scores = self.rewards.score(columns)
+            advantages, use, metrics = self.advantages(rollouts, scores)
+        self.keep_samples(step, columns, scores, advantages)
+        metrics |= self.update(questions, rollouts, advantages, use)
+        self.sync(step)
+        return metrics | rollout_metrics(rollouts)
+
+    # -- rollouts --------------------------------------------------------------------------------
+
+    def generate(self, step: int, questions: list[Question]) -> list[Rollout]:
+        settings = self.cfg.rollout
+        sampling = Sampling(
+            n=settings.num_generations,
+            temperature=settings.temperature,
+            max_tokens=settings.max_completion_length,
+            seed=_step_seed(self.cfg.seed, step),
+        )
+        with self.meter.phase("rollout"):
+            rollouts = self.ctx.engine.generate(questions, self.gba.guidelines, sampling)
+        self.meter.add("rollout", tokens=sum(len(r.token_ids) for r in rollouts))
+        return rollouts
+
+    def sync(self, step: int) -> None:
+        """Serve the current adapter from now on; the one before is deleted."""
+        with self.meter.phase("sync"):
+            engine = self.ctx.engine
+            folder = self.stage.dir / "sync" / f"step-{step:06d}"
+            self.policy.save_adapter(folder)
+            engine.wake()
+            engine.load_adapter(folder, version=step)
+            for old in folder.parent.iterdir():
+                if old != folder:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    # -- advantages ------------------------------------------------------------------------------
+
+    def advantages(
+        self, rollouts: list[Rollout], scores: np.ndarray
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """(advantage [B], which rollouts train [B] bool, metrics)."""
+        import torch
+
+        from mmedx_fast.ops import guideline_advantages
+
+        adv = self.gba.advantage
+        names = list(self.gba.guidelines)
+        rewards = torch.from_numpy(scores)
+        group = torch.tensor([r.question for r in rollouts])
+        guideline = torch.tensor([names.index(r.guideline or "") for r in rollouts])
+        weights = None
+        if adv.guideline_weights is not None:
+            weights = torch.tensor([adv.guideline_weights.get(name, 1.0) for name in names])
+        values, stats = guideline_advantages(
+            rewards,
+            group,
+            guideline if adv.group_by == "guideline" else torch.zeros_like(guideline),
+            reward_weights=torch.tensor(self.rewards.weights, dtype=torch.float32),
+            guideline_weights=weights if adv.group_by == "guideline" else None,
+            combine=adv.combine,
+            scale=adv.scale,
+            within=adv.within,
+            between=adv.between,
+            baseline=adv.baseline,
+            eps=adv.eps,
+            ddof=adv.ddof,
+        )
+        use = stats.valid.clone()
+        if self.gba.filter_zero_variance:
+            use &= ~stats.zero_variance[stats.question_index]
+        metrics = {
+            "reward": float(stats.reward.nanmean()),
+            "reward_std": float(stats.sd_p.mean()),
+            "frac_reward_zero_std": float(stats.zero_variance.float().mean()),
+        }
+        for index, name in enumerate(self.rewards.names):
+            metrics[f"rewards/{name}/mean"] = float(stats.reward_mean[index])
+        for index, name in enumerate(names):
+            picked = stats.reward[guideline == index]
+            metrics[f"reward_guideline/{name}"] = float(picked.nanmean())
+        return values, use, metrics
+
+    # -- update ----------------------------------------------------------------------------------
+
+    def update(
+        self, questions: list[Question], rollouts: list[Rollout], advantages: Tensor, use: Tensor
+    ) -> dict[str, float]:
+        from mmedx_fast.ops import reduce_metrics
+        from mmedx_fast.tree import plan_rows
+
+        chosen = [i for i, used in enumerate(use.tolist()) if used]
+        if not chosen:
+            # Nothing to learn from: no gradient, but the step counts, so that the schedule holds.
+            return {"skipped": 1.0, "tokens_saved": math.nan}
+        with self.meter.phase("pack"):
+            trees, flat = rollout_trees(questions, rollouts, chosen)
+            plans = plan_rows(trees, self.gba.max_row_tokens, target_tokens=row_target(self.policy))
+            rows = [self.policy.with_image_features(p.pack(self.policy.rope_index)) for p in plans]
+        batch = [
+            self._targets(plan, row, flat, rollouts, advantages)
+            for plan, row in zip(plans, rows, strict=True)
+        ]
+        weights = self._weights(rows, plans, flat, rollouts, chosen)
+        self._fixed_passes(rows, batch)
+        computed = sum(row.n_tokens for row in rows)
+        metrics: dict[str, float] = {}
+        for _ in range(self.gba.num_iterations):
+            with self.meter.phase("train", tokens=computed):
+                raw = [
+                    self.policy.backward(row, token_weight=weight, spec=self.spec, **tensors)
+                    for row, weight, tensors in zip(rows, weights, batch, strict=True)
+                ]
+                stepped = self.policy.step()
+            metrics = reduce_metrics(raw) | stepped
+        mismatch = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+        self._check_mismatch(mismatch)
+        plain = sum(row.n_tokens_plain for row in rows)
+        return metrics | {"skipped": 0.0, "tokens_saved": plain / computed}
+
+    def _targets(
+        self,
+        plan: RowPlan,
+        row: PackedRow,
+        flat: list[int],
+        rollouts: list[Rollout],
+        advantages: Tensor,
+    ) -> dict[str, Tensor]:
+        """Per-target tensors of a row; its branch b is rollout ``flat[plan.branches[b]]``."""
+        import torch
+
+        members = [flat[branch] for branch in plan.branches]
+        sampled = torch.tensor([p for i in members for p in rollouts[i].logprobs])
+        return {
+            "advantages": advantages[torch.tensor(members)][row.branch_index],
+            "rollout_logprob": sampled,
+        }
+
+    def _weights(
+        self,
+        rows: list[PackedRow],
+        plans: Sequence[RowPlan],
+        flat: list[int],
+        rollouts: list[Rollout],
+        chosen: list[int],
+    ) -> list[Tensor]:
+        """Token weights that add up over all rows of the step."""
+        from mmedx_fast.ops import token_weights
+
+        tokens = sum(len(rollouts[i].token_ids) for i in chosen)
+        return [
+            token_weights(
+                row.branch_index,
+                self.spec.loss_type,
+                num_sequences=len(chosen),
+                num_items_in_batch=tokens,
+                max_completion_length=self.cfg.rollout.max_completion_length,
+            )
+            for row in rows
+        ]
+
+    def _fixed_passes(self, rows: list[PackedRow], batch: list[dict[str, Tensor]]) -> None:
+        """Old log-probs when a batch is used more than once; reference ones only with a KL term."""
+        temperature = self.spec.temperature
+        if self.gba.num_iterations > 1:
+            with self.meter.phase("old_logprob", tokens=sum(row.n_tokens for row in rows)):
+                for row, tensors in zip(rows, batch, strict=True):
+                    tensors["old_logprob"] = self.policy.logprobs(row, temperature=temperature)[0]
+        if self.spec.beta > 0:
+            with self.meter.phase("ref_logprob", tokens=sum(row.n_tokens for row in rows)):
+                for row, tensors in zip(rows, batch, strict=True):
+                    tensors["ref_logprob"] = self.policy.logprobs(
+                        row, temperature=temperature, use="reference"
+                    )[0]
+
+    def _check_mismatch(self, mismatch: float) -> None:
+        if not mismatch <= self.gba.max_rollout_mismatch:
+            raise StageError(
+                f"the rollout engine's log-probs differ from the trainer's by {mismatch:.3f} nat per "
+                f"token on average (gba.max_rollout_mismatch = {self.gba.max_rollout_mismatch}): the "
+                "engine serves other weights than the trainer has, or computes something else"
+            )
+
+    # -- records ---------------------------------------------------------------------------------
+
+    def keep_samples(
+        self, step: int, columns: dict[str, list[Any]], scores: np.ndarray, advantages: Tensor
+    ) -> None:
+        """A few rollouts of the step, readable: ``samples/step-000010.jsonl``."""
+        lines = []
+        stride = max(1, len(columns["id"]) // SAMPLES_KEPT)
+        for i in range(0, len(columns["id"]), stride):
+            row = {key: columns[key][i] for key in ("id", "guideline", "completions", "answer")}
+            row |= {"advantage": round(float(advantages[i]), 4)}
+            row |= {
+                name: None if math.isnan(value) else round(float(value), 4)
+                for name, value in zip(self.rewards.names, scores[i], strict=True)
+            }
+            lines.append(json.dumps(row, ensure_ascii=False))
+        write_text(self.stage.dir / "samples" / f"step-{step:06d}.jsonl", "\n".join(lines) + "\n")
+
+    def _finish(self, checksum: str) -> None:
+        from mmedx_fast.metrics import read_metrics
+
+        if self.policy.base_checksum() != checksum:
+            raise StageError(
+                "the trainer's base weights changed during RL; its adapter is not valid"
+            )
+        self.policy.save_adapter(self.stage.dir / "adapter")
+        shutil.rmtree(self.stage.dir / "sync", ignore_errors=True)
+        rows = read_metrics(self.stage.dir / "metrics.jsonl")
+        phases = self.meter.to_dict()
+        start = self.stage.dir / "start" / "mean.json"
+        self.stage.finish(
+            {
+                "steps": self.gba.steps,
+                "start": self.gba.start,
+                "start_energy_kept": json.loads(start.read_text())["energy_kept"]
+                if start.exists()
+                else None,
+                "reward": rows[-1]["reward"],
+                "base_fingerprint": self.policy.fingerprint,
+                "seconds": sum(phase["seconds"] for phase in phases.values()),
+                "phases": phases,
+            }
+        )
+
+
+def _step_seed(seed: int, step: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def _loss_spec(ctx: Context) -> PolicyLossSpec:
+    from mmedx_fast.ops import PolicyLossSpec
+
+    loss = ctx.cfg.gba.loss.model_dump()
+    return PolicyLossSpec(temperature=ctx.cfg.rollout.temperature, **loss)
+
+
+def reward_columns(
+    questions: Sequence[Question], rollouts: Sequence[Rollout]
+) -> dict[str, list[Any]]:
+    """Keyword arguments of every reward function, a list entry per rollout (TRL's convention)."""
+    records = [questions[r.question].record for r in rollouts]
+    return {
+        "prompts": [record.question for record in records],
+        "completions": [r.text for r in rollouts],
+        "completion_ids": [r.token_ids for r in rollouts],
+        "guideline": [r.guideline for r in rollouts],
+        "id": [record.id for record in records],
+        "specialty": [record.specialty for record in records],
+        "question": [record.question for record in records],
+        "options": [record.options for record in records],
+        "answer": [record.answer for record in records],
+        "answer_label": [record.answer_label for record in records],
+        "findings": [image_findings(record.meta) for record in records],
+    }
+
+
+def image_findings(meta: dict[str, Any]) -> tuple[str, ...]:
+    """What a row says its images show (column ``finding`` or ``findings``); used by rewards only."""
+    found = meta.get("findings", meta.get("finding", ()))
+    return (found,) if isinstance(found, str) else tuple(str(item) for item in found)
+
+
+def rollout_trees(
+    questions: Sequence[Question], rollouts: Sequence[Rollout], chosen: Sequence[int]
+) -> tuple[list[Tree], list[int]]:
+    """A tree per question with its chosen rollouts, and the rollout index of every branch."""
+    from mmedx_fast.tree import Branch, Tree
+
+    by_question: dict[int, list[int]] = {}
+    for i in chosen:
+        by_question.setdefault(rollouts[i].question, []).append(i)
+    trees, flat = [], []
+    for number, members in by_question.items():
+        question = questions[number]
+        branches = tuple(Branch(rollouts[i].prompt_ids, rollouts[i].token_ids) for i in members)
+        trees.append(Tree(branches, question.pixel_values, question.image_grid_thw, question.id))
+        flat.extend(members)
+    return trees, flat
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    lengths = [len(r.token_ids) for r in rollouts]
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(r.finish_reason == "length" for r in rollouts)
+        / len(rollouts),
+    }

@@ -1,0 +1,135 @@
+"""Makes the base weights of the tiny model: ``python -m mmedx_fast.tiny_pretrain --out FOLDER``.
+
+Supervised training of all weights on phantom-clinic questions whose diagnosis is drawn at random from the options: the
+model learns to read the prompt, to name what image and vignette show, and the four forms of reasoning, but
+none of the rule book, so that its diagnoses stay near chance. The weights in ``mmedx_fast/assets`` were made by
+this command with its defaults; they are stored in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmedx_fast.config import DataConfig
+from mmedx_fast.data.phantom import pretraining_corpus
+from mmedx_fast.data.records import GUIDELINE_NAMES, Record
+from mmedx_fast.tiny import assets_folder, build_tiny
+
+DATA = DataConfig(answer_format="text")
+
+
+def corpus_texts(records: list[Record]) -> list[str]:
+    """Every text the tokenizer should know: prompts of both answer formats, and targets."""
+    from mmedx_fast.guidelines import GUIDELINES
+    from mmedx_fast.prompts import SYSTEM_PROMPT
+
+    texts = [
+        SYSTEM_PROMPT,
+        "Answer with the letter of the one right option inside <answer> </answer>.",
+    ]
+    for record in records:
+        options = "\n".join(f"{letter}. {text}" for letter, text in (record.options or {}).items())
+        texts.append(f"system\nuser\nassistant\n{record.question}\nOptions:\n{options}\n")
+        texts.append("Answer with the full text of the one right option inside <answer> </answer>.")
+        for name in GUIDELINE_NAMES:
+            texts.append(GUIDELINES[name].instruction)
+            texts.append(
+                f"<think>\n{record.reasoning[name]}\n</think>\n<answer>{record.answer}</answer>"
+            )
+    return texts
+
+
+def make_rows(builder: Any, records: list[Record], rope: Any) -> list[Any]:
+    """One packed row per question: its four traces share image and stem."""
+    from mmedx_fast.stages.dsa import sft_tree
+    from mmedx_fast.tree import pack_row
+
+    return [pack_row([sft_tree(builder.question(record))[0]], rope) for record in records]
+
+
+def row_loss(model: Any, row: Any) -> Any:
+    """Summed negative log-likelihood of a row's targets."""
+    import torch
+
+    from mmedx_fast.attention import dense_mask
+
+    logits = model(
+        input_ids=row.input_ids[None],
+        attention_mask=dense_mask(row.end),
+        position_ids=row.position_ids[:, None],
+        pixel_values=row.pixel_values,
+        image_grid_thw=row.image_grid_thw,
+        use_cache=False,
+        logits_to_keep=row.pred_index,
+    ).logits
+    return torch.nn.functional.cross_entropy(logits[0], row.targets, reduction="sum")
+
+
+def pretrain(folder: Path, *, questions: int, steps: int, batch: int, lr: float, seed: int) -> None:
+    """Build the tiny model in ``folder`` and train all its weights; prints the loss as it goes."""
+    from mmedx_fast._env import prepare_environment
+
+    prepare_environment()
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from mmedx_fast.prompts import PromptBuilder
+    from mmedx_fast.tree import RopeIndex
+
+    records = pretraining_corpus(questions, seed)
+    build_tiny(folder, corpus_texts(records[:800]), seed)
+    builder = PromptBuilder.from_folder(folder, DATA)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    rows = make_rows(builder, records, RopeIndex.of(model.config))
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    warmup = 20
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / warmup) * max(0.02, 1 - s / steps)
+    )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    for step in range(steps):
+        picked = [rows[order[i % len(order)]] for i in range(step * batch, (step + 1) * batch)]
+        tokens = sum(len(row.targets) for row in picked)
+        total = 0.0
+        for row in picked:
+            loss = row_loss(model, row) / tokens
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 10 == 9 or step + 1 == steps:
+            print(f"step {step + 1}/{steps}  loss {total:.4f}", file=sys.stderr, flush=True)
+        if step % 100 == 99 or step + 1 == steps:
+            save(model, folder)
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write the weights in bfloat16 without touching the model being trained."""
+    import torch
+
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=assets_folder())
+    parser.add_argument("--questions", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    pretrain(a.out, questions=a.questions, steps=a.steps, batch=a.batch, lr=a.lr, seed=a.seed)
+
+
+if __name__ == "__main__":
+    main()

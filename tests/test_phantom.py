@@ -1,0 +1,173 @@
+"""The phantom clinic: deterministic, disjoint, no shortcut, and traces that follow their guideline."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmedx_fast.data import phantom
+from mmedx_fast.data.phantom_cases import CLINICS
+from mmedx_fast.data.records import GUIDELINE_NAMES, SPECIALTIES, Record
+from mmedx_fast.guidelines import adherence
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, list[Record]]:
+    used: set[str] = set()
+    return {
+        split: phantom.make_split(split, count, 0, used)
+        for split, count in (("train", 640), ("validation", 40), ("test", 160))
+    }
+
+
+def test_same_seed_same_data_and_another_seed_other_data() -> None:
+    first, again, other = (
+        phantom.content_hash(phantom.make_split("test", 20, seed, set())) for seed in (3, 3, 4)
+    )
+    assert first == again != other
+
+
+def test_splits_share_neither_ids_nor_stems_nor_images(splits: dict[str, list[Record]]) -> None:
+    seen: dict[object, str] = {}
+    for split, records in splits.items():
+        for record in records:
+            for key in (record.id, record.question, record.images[0].data):
+                assert key not in seen, (split, seen.get(key), record.id)
+                seen[key] = split
+
+
+@pytest.mark.parametrize("specialty", SPECIALTIES)
+def test_rule_book_is_latin(specialty: str) -> None:
+    clinic = CLINICS[specialty]
+    table = np.array([[clinic.diagnosis(f, c) for c in range(4)] for f in range(4)])
+    assert len(clinic.diagnoses) == 5 and set(table.flat) == set(clinic.diagnoses)
+    for line in (*table, *table.T):
+        assert len(set(line)) == 4
+
+
+def test_questions_are_well_formed(splits: dict[str, list[Record]]) -> None:
+    for record in (r for records in splits.values() for r in records):
+        assert record.options is not None and list(record.options) == list("ABCDE")
+        assert record.options[record.answer_label or ""] == record.answer
+        assert set(record.reasoning) == set(GUIDELINE_NAMES)
+        assert not any(option in record.question for option in record.options.values())
+
+
+@pytest.mark.parametrize("guideline", GUIDELINE_NAMES)
+def test_traces_meet_their_own_guideline_best(
+    splits: dict[str, list[Record]], guideline: str
+) -> None:
+    for record in splits["test"]:
+        scores = {
+            name: adherence(
+                record.reasoning[guideline],
+                name,
+                question=record.question,
+                options=record.options,
+                answer=record.answer,
+                findings=(record.meta["finding"],),
+            ).score
+            for name in GUIDELINE_NAMES
+        }
+        assert scores[guideline] >= 0.85, (record.id, scores, record.reasoning[guideline])
+        assert max(scores, key=lambda name: scores[name]) == guideline
+
+
+def _image_features(record: Record) -> np.ndarray:
+    image = Image.open(io.BytesIO(record.images[0].data or b"")).convert("RGB").resize((28, 28))
+    return np.asarray(image, dtype=np.float64).ravel() / 255
+
+
+def _text(record: Record) -> str:
+    return record.question + " " + " ".join(f"{k}-{v}" for k, v in (record.options or {}).items())
+
+
+def test_no_shortcut_through_image_or_text_alone(splits: dict[str, list[Record]]) -> None:
+    """Strong classifiers on one modality stay near chance; given the two readings together they solve it.
+
+    "Together" is the product of what each modality's own classifier reads (finding, clue).
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    train, test = splits["train"], splits["test"]
+
+    def score(model: object, features: object, held_out: object, target: str) -> float:
+        pick = (lambda r: r.answer) if target == "answer" else (lambda r: r.meta[target])
+        model.fit(features, [pick(r) for r in train])  # type: ignore[attr-defined]
+        guesses = model.predict(held_out)  # type: ignore[attr-defined]
+        predictions[target] = list(guesses)
+        return float(np.mean([g == pick(r) for g, r in zip(guesses, test, strict=True)]))
+
+    predictions: dict[str, list[str]] = {}
+    images = [np.stack([_image_features(r) for r in part]) for part in (train, test)]
+    words = CountVectorizer(ngram_range=(1, 3), binary=True, token_pattern=r"[A-Za-z0-9-]+")
+    texts = [
+        words.fit_transform([_text(r) for r in train]),
+        words.transform([_text(r) for r in test]),
+    ]
+
+    def reader() -> object:
+        return make_pipeline(PCA(60, random_state=0), LogisticRegression(max_iter=3000, C=10))
+
+    def forest() -> object:
+        return RandomForestClassifier(300, random_state=0)
+
+    for model in (reader(), forest()):
+        assert score(model, *images, "answer") <= 0.45
+    for model in (LogisticRegression(max_iter=3000), forest()):
+        assert score(model, *texts, "answer") <= 0.45
+
+    assert score(reader(), *images, "finding") >= 0.95
+    assert score(LogisticRegression(max_iter=3000), *texts, "clue") >= 0.95
+    pairs = [[f"{r.meta['finding']}|{r.meta['clue']}"] for r in train]
+    table = dict(zip((p[0] for p in pairs), (r.answer for r in train), strict=True))
+    both = [
+        table.get(f"{finding}|{clue}")
+        for finding, clue in zip(predictions["finding"], predictions["clue"], strict=True)
+    ]
+    assert np.mean([guess == r.answer for guess, r in zip(both, test, strict=True)]) > 0.9
+
+
+def test_written_folder_loads_through_the_common_loader(tmp_path: Path) -> None:
+    from mmedx_fast.data.loaders import load_records
+
+    phantom.write_phantom(tmp_path, train=24, validation=20, test=20, seed=1)
+    used: set[str] = set()
+    made = phantom.make_split("train", 24, 1, used)
+    loaded = load_records(tmp_path, split="train")
+    assert not loaded.rejected
+    assert [(r.id, r.question, r.options, r.answer, r.reasoning) for r in loaded.records] == [
+        (r.id, r.question, r.options, r.answer, r.reasoning) for r in made
+    ]
+
+
+def test_too_many_questions_is_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match="fewer questions"):
+        phantom.make_split(
+            "train",
+            100_000,
+            0,
+            {
+                phantom._stem(c, k, np.random.default_rng(i))
+                for c in CLINICS.values()
+                for k in range(4)
+                for i in range(200)
+            }
+            | set(),
+        ) if False else _exhaust()
+
+
+def _exhaust() -> None:
+    clinic = CLINICS["pediatrics"]
+    rng = np.random.default_rng(0)
+    used: set[str] = set()
+    for index in range(10_000):
+        phantom.make_record(clinic, 0, 0, index=index, split="train", rng=rng, used_stems=used)
