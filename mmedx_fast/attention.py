@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["dense", "varlen"]
-VarlenKernel = Callable[..., Tensor]
+VarlenKernel = Callable[..., Any]
 """Signature of ``torch.nn.attention.varlen.varlen_attn``."""
 
 # No "flash" in the name: transformers would take it for flash-attention and change the inputs.
@@ -75,7 +75,7 @@ def plan_varlen(
     order.
 
     Args:
-        kernel: stands in for ``torch.nn.attention.varlen.varlen_attn`` (tests without a GPU).
+        kernel: null is torch's ``varlen_attn`` on CUDA and :func:`segment_attention` on CPU.
     """
     paths: list[list[range]] = []
     for start, length, parent in segments:
@@ -90,7 +90,7 @@ def plan_varlen(
         cu_k=_cumulative(lengths_k).to(device),
         max_q=int(lengths_q.max()),
         max_k=int(lengths_k.max()),
-        kernel=kernel or _varlen_attn(),
+        kernel=kernel or _kernel_for(torch.device(device)),
     )
 
 
@@ -98,10 +98,45 @@ def _cumulative(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _varlen_attn() -> VarlenKernel:
+def _kernel_for(device: torch.device) -> VarlenKernel:
+    if device.type == "cpu":
+        return segment_attention  # torch's varlen_attn is CUDA only
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn
+
+
+def segment_attention(
+    query: Tensor,  # [Q, heads, D]
+    key: Tensor,  # [K, key heads, D]
+    value: Tensor,  # [K, key heads, D]
+    cu_q: Tensor,  # [S + 1]
+    cu_k: Tensor,  # [S + 1]
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, 0),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``varlen_attn`` with a causal window on a CPU: one sdpa call per segment; [Q, heads, D]."""
+    if window_size != (-1, 0):
+        raise ValueError(f"segment_attention is causal; window_size {window_size} is not (-1, 0)")
+    out = []
+    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        n_q, n_k = q1 - q0, k1 - k0
+        square = n_q == n_k
+        # sdpa's own causal flag aligns at the top left, so it serves square blocks only.
+        mask = None
+        if not square:
+            mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=enable_gqa
+        )
+        out.append(attended[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 class _GatherRows(torch.autograd.Function):

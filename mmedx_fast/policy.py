@@ -112,7 +112,7 @@ class Policy:
             deepspeed: DeepSpeed settings; what the rest of the configuration decides is refused.
             seed: of a new adapter's A matrices (B starts at zero).
             banned_token_ids: vocabulary ids that cannot be sampled, masked in every log-prob.
-            attention_kernel: stands in for torch's varlen kernel (tests without a GPU).
+            attention_kernel: takes the place of the varlen kernel.
 
         Raises:
             ValueError: unknown architecture, missing weights, an adapter of another base
@@ -263,7 +263,7 @@ class Policy:
             "rollout_logprob": rollout_logprob,
             "entropy_weight": entropy_weight,
         }
-        tensors = {
+        tensors: dict[str, Any] = {
             name: None if value is None else self._per_target(row, value, name)
             for name, value in given.items()
         }

@@ -374,8 +374,8 @@ class RowPlan:
 
 
 DENSE_TARGET_TOKENS = 1024
-"""Above this a dense mask's T^2 costs more than the calls that a longer row saves (CPU, width
-192)."""
+"""A dense mask costs T^2: on a CPU at width 192 one row of 4,176 tokens took 2.5 times as long as
+four rows of 1,044."""
 
 
 def plan_rows(

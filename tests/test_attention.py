@@ -61,8 +61,9 @@ def truth(query, key, value, end, scale):
 
 def run(backend, tensors, row, scale):
     module = torch.nn.Module()
-    if backend == "varlen":
-        plan = attention.plan_varlen(row.segments, "cpu", loop_kernel)
+    if backend != "dense":
+        kernel = loop_kernel if backend == "varlen" else None
+        plan = attention.plan_varlen(row.segments, "cpu", kernel)
         return attention.tree_varlen_attention(
             module, *tensors, None, tree_varlen=plan, scaling=scale, position_ids=None
         )[0]
@@ -73,7 +74,7 @@ def run(backend, tensors, row, scale):
     return out.transpose(1, 2)
 
 
-@pytest.mark.parametrize("backend", ["dense", "varlen"])
+@pytest.mark.parametrize("backend", ["dense", "varlen", "varlen on CPU"])
 @pytest.mark.parametrize("seed", range(6))
 def test_output_and_gradients_equal_float64_truth(backend, seed):
     row = forest(seed)
