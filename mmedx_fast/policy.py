@@ -110,6 +110,8 @@ class Policy:
             optimizer: null makes a policy that only evaluates.
             total_steps: updates the learning-rate schedule is made for.
             deepspeed: DeepSpeed settings; what the rest of the configuration decides is refused.
+                Under ZeRO-3 with several ranks, all ranks must run rows with images at the same
+                time, or all without: a rank that skips the vision tower leaves the others waiting.
             seed: of a new adapter's A matrices (B starts at zero).
             banned_token_ids: vocabulary ids that cannot be sampled, masked in every log-prob.
             attention_kernel: takes the place of the varlen kernel.

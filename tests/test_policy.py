@@ -215,7 +215,7 @@ def test_policy_loss_gradient_equals_plain_autograd(base, adapter, policies):
     kl = (ref - logp).exp() - (ref - logp) - 1
     loss = (weights * (-clipped * (old - rollout).exp().clamp(max=2.0) + 0.1 * kl)).sum()
     loss.backward()
-    assert metrics["sum:loss"] == pytest.approx(float(loss), abs=1e-6)
+    assert metrics["sum:loss"] == pytest.approx(loss.item(), abs=1e-6)
     assert relative(ours, gradients(policy)) < 1e-5
 
 
