@@ -106,7 +106,7 @@ class RolloutConfig(Section):
     engine: Literal["vllm", "transformers"] = "vllm"
     num_generations: int = Field(4, ge=1)
     """Rollouts per question AND guideline."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01, le=2)
     max_completion_length: int = Field(512, ge=1)
     gpu_memory_utilization: float = Field(0.3, gt=0, le=1)
     kv_cache_memory_bytes: int | None = Field(None, ge=1 << 20)
@@ -154,7 +154,10 @@ class LossConfig(Section):
     importance_sampling_correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = "token_truncate"
-    importance_sampling_clip_max: float = Field(2.0, gt=0)
+    importance_sampling_clip_max: float | None = Field(2.0, gt=0)
+    importance_sampling_clip_min: float | None = Field(None, gt=0)
+    use_bias_correction_kl: bool = True
+    """Multiply the KL term by the ratio, which makes k3's gradient that of the reverse KL (as TRL)."""
 
 
 class RewardConfig(Section):
@@ -185,6 +188,8 @@ class GbaConfig(Section):
     save_steps: int = Field(10, ge=1)
     max_row_tokens: int = Field(8192, ge=64)
     """Bound on the unique tokens of one packed row."""
+    reuse: str | None = None
+    """A run folder whose finished RL adapter is taken instead of training a new one (ablations)."""
     max_rollout_mismatch: float = Field(1.0, gt=0)
     """Stop when the mean |trainer - engine| log-prob of a step exceeds this (nat): a wrong adapter is
     loaded or the engine computes something else."""
@@ -276,6 +281,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self.gba.loss.loss_type == "cispo" and (self.gba.loss.epsilon_high or 0) < 1:
+            raise ValueError(
+                "gba.loss.epsilon_high is the largest weight itself for cispo: give it, e.g. 5.0 "
+                f"(got {self.gba.loss.epsilon_high})"
+            )
         if self.lora.r > self.rollout.max_lora_rank:
             raise ValueError(
                 f"lora.r = {self.lora.r} exceeds rollout.max_lora_rank = {self.rollout.max_lora_rank}"

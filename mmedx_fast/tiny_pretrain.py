@@ -42,60 +42,87 @@ def corpus_texts(records: list[Record]) -> list[str]:
     return texts
 
 
-def make_rows(builder: Any, records: list[Record], rope: Any) -> list[Any]:
-    """One packed row per question: its four traces share image and stem."""
-    from mmedx_fast.stages.dsa import sft_tree
-    from mmedx_fast.tree import pack_row
+def make_rows(
+    builder: Any, questions: list[Any], rope: Any, guidelines: int, first_sentence: bool, step: int
+) -> list[Any]:
+    """Packed rows of one step: each question with ``guidelines`` of its traces (which, turns with the step),
+    whole or only their first sentence (what image and vignette show)."""
+    from mmedx_fast.tree import Branch, Tree, plan_rows
 
-    return [pack_row([sft_tree(builder.question(record))[0]], rope) for record in records]
+    trees = []
+    for number, question in enumerate(questions):
+        branches = []
+        for k in range(guidelines):
+            name = GUIDELINE_NAMES[(number + step + k) % len(GUIDELINE_NAMES)]
+            text = builder.target_text(question.record, name)
+            ids = builder.response_ids(text)
+            if first_sentence:
+                head = text[: text.index(".") + 1]
+                ids = builder.tokenizer(head, add_special_tokens=False)["input_ids"]
+            branches.append(Branch(question.prompt_ids(name), ids))
+        trees.append(Tree(tuple(branches), question.pixel_values, question.image_grid_thw))
+    return [plan.pack(rope) for plan in plan_rows(trees, 2048)]
 
 
 def row_loss(model: Any, row: Any) -> Any:
     """Summed negative log-likelihood of a row's targets."""
     import torch
 
-    from mmedx_fast.attention import dense_mask
+    from mmedx_fast.attention import forward_arguments
 
     logits = model(
         input_ids=row.input_ids[None],
-        attention_mask=dense_mask(row.end),
         position_ids=row.position_ids[:, None],
         pixel_values=row.pixel_values,
         image_grid_thw=row.image_grid_thw,
         use_cache=False,
         logits_to_keep=row.pred_index,
+        **forward_arguments("varlen", row.end, row.segments, None),
     ).logits
     return torch.nn.functional.cross_entropy(logits[0], row.targets, reduction="sum")
 
 
-def pretrain(folder: Path, *, questions: int, steps: int, batch: int, lr: float, seed: int) -> None:
-    """Build the tiny model in ``folder`` and train all its weights; prints the loss as it goes."""
+def pretrain(folder: Path, *, questions: int, read: int, reason: int, lr: float, seed: int) -> None:
+    """Build the tiny model in ``folder`` and train all its weights; prints the loss as it goes.
+
+    ``read`` steps of 32 questions, first sentences only (many images a step: this is where the vision tower
+    learns), then ``reason`` steps of 16 questions with two whole traces each.
+    """
     from mmedx_fast._env import prepare_environment
 
-    prepare_environment()
+    prepare_environment(offline=True)
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from mmedx_fast.attention import set_backend
     from mmedx_fast.prompts import PromptBuilder
+    from mmedx_fast.stages.context import batches
     from mmedx_fast.tree import RopeIndex
 
     records = pretraining_corpus(questions, seed)
     build_tiny(folder, corpus_texts(records[:800]), seed)
     builder = PromptBuilder.from_folder(folder, DATA)
+    asked = [builder.question(record) for record in records]
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    rows = make_rows(builder, records, RopeIndex.of(model.config))
+    set_backend(model, "varlen")
+    rope = RopeIndex.of(model.config)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    warmup = 20
+    steps, warmup = read + reason, 20
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / warmup) * max(0.02, 1 - s / steps)
     )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    for step in range(steps):
-        picked = [rows[order[i % len(order)]] for i in range(step * batch, (step + 1) * batch)]
-        tokens = sum(len(row.targets) for row in picked)
+    order = [
+        *batches(len(asked), 32, read, (seed, "read")),
+        *batches(len(asked), 16, reason, (seed, "reason")),
+    ]
+    for step, picked in enumerate(order):
+        reading = step < read
+        batch = [asked[i] for i in picked]
+        rows = make_rows(builder, batch, rope, 1 if reading else 2, reading, step)
+        tokens = sum(len(row.targets) for row in rows)
         total = 0.0
-        for row in picked:
+        for row in rows:
             loss = row_loss(model, row) / tokens
             loss.backward()
             total += loss.item()
@@ -105,7 +132,7 @@ def pretrain(folder: Path, *, questions: int, steps: int, batch: int, lr: float,
         schedule.step()
         if step % 10 == 9 or step + 1 == steps:
             print(f"step {step + 1}/{steps}  loss {total:.4f}", file=sys.stderr, flush=True)
-        if step % 100 == 99 or step + 1 == steps:
+        if step % 50 == 49 or step + 1 == steps:
             save(model, folder)
 
 
@@ -122,13 +149,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=assets_folder())
-    parser.add_argument("--questions", type=int, default=2400)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--questions", type=int, default=3200)
+    parser.add_argument("--read", type=int, default=200, help="steps on first sentences")
+    parser.add_argument("--reason", type=int, default=300, help="steps on whole traces")
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    pretrain(a.out, questions=a.questions, steps=a.steps, batch=a.batch, lr=a.lr, seed=a.seed)
+    pretrain(a.out, questions=a.questions, read=a.read, reason=a.reason, lr=a.lr, seed=a.seed)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +42,13 @@ def test_splits_share_neither_ids_nor_stems_nor_images(splits: dict[str, list[Re
 
 
 @pytest.mark.parametrize("specialty", SPECIALTIES)
-def test_rule_book_is_latin(specialty: str) -> None:
+def test_rule_book_needs_both_readings(specialty: str) -> None:
+    """The best guess from the finding alone, or from the clue alone, is right in 6 of 16 cells."""
     clinic = CLINICS[specialty]
     table = np.array([[clinic.diagnosis(f, c) for c in range(4)] for f in range(4)])
     assert len(clinic.diagnoses) == 5 and set(table.flat) == set(clinic.diagnoses)
-    for line in (*table, *table.T):
-        assert len(set(line)) == 4
+    for lines in (table, table.T):
+        assert sum(max(Counter(line).values()) for line in lines) == 6
 
 
 def test_questions_are_well_formed(splits: dict[str, list[Record]]) -> None:
@@ -150,24 +152,9 @@ def test_written_folder_loads_through_the_common_loader(tmp_path: Path) -> None:
 
 
 def test_too_many_questions_is_an_error_that_says_so() -> None:
-    with pytest.raises(ValueError, match="fewer questions"):
-        phantom.make_split(
-            "train",
-            100_000,
-            0,
-            {
-                phantom._stem(c, k, np.random.default_rng(i))
-                for c in CLINICS.values()
-                for k in range(4)
-                for i in range(200)
-            }
-            | set(),
-        ) if False else _exhaust()
-
-
-def _exhaust() -> None:
     clinic = CLINICS["pediatrics"]
     rng = np.random.default_rng(0)
     used: set[str] = set()
-    for index in range(10_000):
-        phantom.make_record(clinic, 0, 0, index=index, split="train", rng=rng, used_stems=used)
+    with pytest.raises(ValueError, match="fewer questions"):
+        for index in range(10_000):
+            phantom.make_record(clinic, 0, 0, index=index, split="train", rng=rng, used_stems=used)

@@ -1,15 +1,22 @@
 """The rule book of the phantom clinic: findings, clues, diagnoses, and which pair means which diagnosis.
 
-THE RULES ARE INVENTED. They use clinical words so that prompts and traces read like the real thing, but the
-table that links a finding and a clue to a diagnosis is a Latin-square construction, not medicine.
+THE RULES ARE INVENTED. They use clinical words so that prompts and traces read like the real thing, but what
+links them to a diagnosis is a made-up point score, not medicine: finding and clue count 0 to 3 points each,
+and their sum decides.
 
-``diagnosis = (a * finding + b * clue) mod 5`` with a, b not 0 mod 5: along each row and column all four
-diagnoses differ, so that neither the image nor the vignette alone says more than one in four.
+    points      0  1  2  3  4  5  6
+    diagnosis   0  0  1  2  3  4  4
+
+Every finding and every clue meets several diagnoses, so that the best guess from either alone is right in 37.5 %
+of the cells (two of the four rows in half of theirs, the other two in a quarter).
 """
 
 from __future__ import annotations
 
 import dataclasses
+
+
+DIAGNOSIS_OF_POINTS = (0, 0, 1, 2, 3, 4, 4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,11 +40,12 @@ class Clinic:
     findings: tuple[Term, ...]
     clues: tuple[Term, ...]
     diagnoses: tuple[str, ...]
-    factors: tuple[int, int]
+    finding_points: tuple[int, ...]
+    clue_points: tuple[int, ...]
 
     def diagnosis(self, finding: int, clue: int) -> str:
-        a, b = self.factors
-        return self.diagnoses[(a * finding + b * clue) % len(self.diagnoses)]
+        points = self.finding_points[finding] + self.clue_points[clue]
+        return self.diagnoses[DIAGNOSIS_OF_POINTS[points]]
 
 
 def _finding(name: str, mechanism: str) -> Term:
@@ -89,7 +97,8 @@ CLINICS: dict[str, Clinic] = {
                 "pulmonary embolism",
                 "pericarditis",
             ),
-            factors=(1, 2),
+            finding_points=(1, 2, 3, 0),
+            clue_points=(0, 3, 2, 1),
         ),
         Clinic(
             specialty="pediatrics",
@@ -125,7 +134,8 @@ CLINICS: dict[str, Clinic] = {
                 ),
             ),
             diagnoses=("rickets", "torus fracture", "osteomyelitis", "scurvy", "leukemia"),
-            factors=(2, 1),
+            finding_points=(0, 1, 3, 2),
+            clue_points=(0, 1, 2, 3),
         ),
         Clinic(
             specialty="brain_senses",
@@ -167,7 +177,8 @@ CLINICS: dict[str, Clinic] = {
                 "hydrocephalus",
                 "glioblastoma",
             ),
-            factors=(1, 3),
+            finding_points=(1, 0, 3, 2),
+            clue_points=(0, 1, 2, 3),
         ),
         Clinic(
             specialty="oncology_surgery",
@@ -207,7 +218,8 @@ CLINICS: dict[str, Clinic] = {
                 "actinic keratosis",
                 "lymphoma",
             ),
-            factors=(3, 1),
+            finding_points=(0, 1, 2, 3),
+            clue_points=(0, 1, 3, 2),
         ),
     )
 }

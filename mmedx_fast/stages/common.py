@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmedx_fast._paths import find_config
 from mmedx_fast.config import Config, ConfigError
-from mmedx_fast.run_folder import Stage
+from mmedx_fast.run_folder import Stage, write_folder
 
 if TYPE_CHECKING:
     from mmedx_fast.cost import PhaseMeter
@@ -82,6 +83,23 @@ def row_target(policy: Policy) -> int | None:
     from mmedx_fast.tree import DENSE_TARGET_TOKENS
 
     return DENSE_TARGET_TOKENS if policy.module.backend == "dense" else None
+
+
+def take_over(stage: Stage, source: Path) -> None:
+    """Copy a finished stage's adapters and metrics from another run folder."""
+    theirs = source / stage.name
+    try:
+        result = json.loads((theirs / "done.json").read_text(encoding="utf-8"))["result"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"reuse = {source}: {theirs} holds no finished stage ({error}); finish that run first"
+        ) from None
+    for name in ("start", "adapter"):
+        if (theirs / name).is_dir():
+            with write_folder(stage.dir / name) as folder:
+                shutil.copytree(theirs / name, folder, dirs_exist_ok=True)
+    shutil.copyfile(theirs / "metrics.jsonl", stage.dir / "metrics.jsonl")
+    stage.finish({**result, "seconds": 0.0, "phases": {}, "reused": str(source)})
 
 
 class Stopped(KeyboardInterrupt):

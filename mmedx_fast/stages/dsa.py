@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmedx_fast.progress import progress
 from mmedx_fast.prompts import Question
-from mmedx_fast.run_folder import Stage, write_folder
+from mmedx_fast.run_folder import Stage
 from mmedx_fast.stages.common import (
     Stopped,
     StopSignal,
@@ -21,6 +21,7 @@ from mmedx_fast.stages.common import (
     row_target,
     save_progress,
     seed_everything,
+    take_over,
 )
 from mmedx_fast.stages.context import Context, StageError, batches
 
@@ -55,29 +56,11 @@ def run_dsa(ctx: Context, specialties: tuple[str, ...] | None = None) -> dict[st
         stage = expert_stage(ctx, specialty)
         if not stage.done():
             if ctx.cfg.dsa.reuse is not None:
-                _take_over(ctx, stage, Path(ctx.cfg.dsa.reuse))
+                take_over(stage, Path(ctx.cfg.dsa.reuse))
             else:
                 _train_expert(ctx, stage, specialty)
         results[specialty] = stage.result()
     return results
-
-
-def _take_over(ctx: Context, stage: Stage, source: Path) -> None:
-    """Copy a finished expert of another run."""
-    import json
-    import shutil
-
-    theirs = source / stage.name
-    try:
-        result = json.loads((theirs / "done.json").read_text())["result"]
-    except (OSError, ValueError, KeyError) as error:
-        raise StageError(
-            f"dsa.reuse = {source}: {theirs} holds no finished expert ({error}); finish that run first"
-        ) from None
-    with write_folder(stage.dir / "adapter") as folder:
-        shutil.copytree(theirs / "adapter", folder, dirs_exist_ok=True)
-    shutil.copyfile(theirs / "metrics.jsonl", stage.dir / "metrics.jsonl")
-    stage.finish({**result, "seconds": 0.0, "reused": str(source)})
 
 
 def sft_tree(question: Question) -> tuple[Tree, list[int]]:

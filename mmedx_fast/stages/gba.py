@@ -28,6 +28,7 @@ from mmedx_fast.stages.common import (
     row_target,
     save_progress,
     seed_everything,
+    take_over,
 )
 from mmedx_fast.stages.context import Context, StageError, batches
 from mmedx_fast.stages.dsa import expert_adapter
@@ -82,7 +83,10 @@ def run_gba(ctx: Context) -> dict[str, Any]:
     """Train the RL adapter if it is not done yet; returns the stage's result."""
     stage = gba_stage(ctx)
     if not stage.done():
-        _Trainer(ctx, stage).run()
+        if ctx.cfg.gba.reuse is not None:
+            take_over(stage, Path(ctx.cfg.gba.reuse))
+        else:
+            _Trainer(ctx, stage).run()
     return stage.result()
 
 
@@ -159,6 +163,8 @@ class _Trainer:
         self.keep_samples(step, columns, scores, advantages)
         metrics |= self.update(questions, rollouts, advantages, use)
         self.sync(step)
+        if self.hit_rate is not None:
+            metrics["prefix_cache_hit_rate"] = self.hit_rate
         return metrics | rollout_metrics(rollouts)
 
     # -- rollouts --------------------------------------------------------------------------------
@@ -174,6 +180,7 @@ class _Trainer:
         with self.meter.phase("rollout"):
             rollouts = self.ctx.engine.generate(questions, self.gba.guidelines, sampling)
         self.meter.add("rollout", tokens=sum(len(r.token_ids) for r in rollouts))
+        self.hit_rate = self.ctx.engine.stats().prefix_cache_hit_rate
         return rollouts
 
     def sync(self, step: int) -> None:
