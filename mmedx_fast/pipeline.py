@@ -82,6 +82,7 @@ def write_summary(ctx: Context) -> dict[str, Any]:
         "tokens": {
             f"{name}/{phase}": row["tokens"]
             for name, parts in stages.items()
+            if name != "gba"  # the report reads its phases from the metrics, step by step
             for phase, row in _add_phases(parts).items()
             if row["tokens"]
         },

@@ -13,6 +13,8 @@ from pathlib import Path
 IMAGE_SIZE = 112
 PATCH_SIZE = 14
 SPATIAL_MERGE = 2
+# About 1 / sqrt(width): with the 0.02 made for wide models, so narrow a one hardly starts to learn.
+INITIALIZER_RANGE = 0.07
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -100,6 +102,7 @@ def model_config(tokenizer) -> object:
         eos_token_id=ids["<|im_end|>"],
         pad_token_id=ids["<|endoftext|>"],
         attention_dropout=0.0,
+        initializer_range=INITIALIZER_RANGE,
     )
     vision = dict(
         depth=2,
@@ -113,6 +116,7 @@ def model_config(tokenizer) -> object:
         window_size=IMAGE_SIZE,
         fullatt_block_indexes=[1],
         out_hidden_size=192,
+        initializer_range=INITIALIZER_RANGE,
     )
     return Qwen2_5_VLConfig(
         text_config=text,
@@ -127,8 +131,12 @@ def model_config(tokenizer) -> object:
 
 def save_processor(folder: Path) -> None:
     """Write the image processor and chat template beside the tokenizer already in ``folder``."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2TokenizerFast, Qwen2VLImageProcessor
-    from transformers import Qwen2VLVideoProcessor
+    from transformers import (
+        Qwen2_5_VLProcessor,
+        Qwen2TokenizerFast,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
 
     pixels = IMAGE_SIZE * IMAGE_SIZE
     # Both bounds at one size: every image becomes 4 x 4 merged patches, 16 tokens.

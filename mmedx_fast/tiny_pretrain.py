@@ -103,7 +103,7 @@ def pretrain(folder: Path, *, questions: int, read: int, reason: int, lr: float,
     build_tiny(folder, corpus_texts(records[:800]), seed)
     builder = PromptBuilder.from_folder(folder, DATA)
     asked = [builder.question(record) for record in records]
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     set_backend(model, "varlen")
     rope = RopeIndex.of(model.config)
     model.train()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 
-
 DIAGNOSIS_OF_POINTS = (0, 0, 1, 2, 3, 4, 4)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedx_fast._paths import find_config
 from mmedx_fast.config import Config, ConfigError
+from mmedx_fast.prompts import Question
 from mmedx_fast.run_folder import Stage, write_folder
 
 if TYPE_CHECKING:
@@ -79,10 +80,24 @@ def seed_everything(seed: int) -> None:
 
 
 def row_target(policy: Policy) -> int | None:
-    """How long a row should get: a dense mask grows with its square, other backends with its length."""
+    """How long a row should get. A dense mask grows with its square, and on a CPU short rows stay in cache;
+    on a GPU a row is as long as ``gba.max_row_tokens`` lets it."""
     from mmedx_fast.tree import DENSE_TARGET_TOKENS
 
-    return DENSE_TARGET_TOKENS if policy.module.backend == "dense" else None
+    short = policy.module.backend == "dense" or policy.device.type == "cpu"
+    return DENSE_TARGET_TOKENS if short else None
+
+
+def check_tree(policy: Policy, question: Question, guidelines: Sequence[str | None]) -> None:
+    """Before training: one packed tree must give the log-probs of plain rows, or training stops here.
+
+    Raises TreeMismatchError with the difference.
+    """
+    from mmedx_fast.tree import Branch, Tree
+
+    response = question.builder.response_ids("<think>\nA check.\n</think>\n<answer>A</answer>")
+    branches = tuple(Branch(question.prompt_ids(name), response) for name in guidelines)
+    policy.verify_tree(Tree(branches, question.pixel_values, question.image_grid_thw, question.id))
 
 
 def take_over(stage: Stage, source: Path) -> None:

@@ -16,6 +16,7 @@ from mmedx_fast.run_folder import Stage
 from mmedx_fast.stages.common import (
     Stopped,
     StopSignal,
+    check_tree,
     deepspeed_settings,
     load_progress,
     row_target,
@@ -117,6 +118,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
         banned_token_ids=ctx.builder.banned_token_ids,
     )
     try:
+        check_tree(policy, questions[0], [key or None for key in questions[0].record.reasoning])
         done, meter_state, _ = load_progress(stage, policy)
         meter = PhaseMeter(meter_state)
         order = list(

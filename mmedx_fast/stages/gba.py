@@ -23,6 +23,7 @@ from mmedx_fast.run_folder import Stage, write_folder, write_text
 from mmedx_fast.stages.common import (
     Stopped,
     StopSignal,
+    check_tree,
     deepspeed_settings,
     load_progress,
     row_target,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from mmedx_fast.cost import PhaseMeter
     from mmedx_fast.ops import PolicyLossSpec
-    from mmedx_fast.policy import Policy
     from mmedx_fast.tree import PackedRow, RowPlan, Tree
 
 LOG = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ class _Trainer:
         from mmedx_fast.metrics import MetricsLogger
 
         try:
+            check_tree(self.policy, self.questions[0], self.gba.guidelines)
             checksum = self.policy.base_checksum()
             done, meter_state, _ = load_progress(self.stage, self.policy)
             self.meter: PhaseMeter = PhaseMeter(meter_state)
@@ -139,6 +140,8 @@ class _Trainer:
                 progress(self.gba.steps, "GBA", unit="step", start=done) as bar,
                 StopSignal() as stop,
             ):
+                with self.meter.phase("engine start"):
+                    _ = self.ctx.engine
                 self.sync(done)
                 for step in range(done + 1, self.gba.steps + 1):
                     metrics = self.step(step, [self.questions[i] for i in order[step - 1]])
@@ -180,17 +183,17 @@ class _Trainer:
         with self.meter.phase("rollout"):
             rollouts = self.ctx.engine.generate(questions, self.gba.guidelines, sampling)
         self.meter.add("rollout", tokens=sum(len(r.token_ids) for r in rollouts))
+        self.ctx.engine.sleep()
         self.hit_rate = self.ctx.engine.stats().prefix_cache_hit_rate
         return rollouts
 
     def sync(self, step: int) -> None:
         """Serve the current adapter from now on; the one before is deleted."""
         with self.meter.phase("sync"):
-            engine = self.ctx.engine
             folder = self.stage.dir / "sync" / f"step-{step:06d}"
             self.policy.save_adapter(folder)
-            engine.wake()
-            engine.load_adapter(folder, version=step)
+            self.ctx.engine.wake()
+            self.ctx.engine.load_adapter(folder, version=step)
             for old in folder.parent.iterdir():
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
