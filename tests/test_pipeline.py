@@ -42,7 +42,9 @@ def command(verb: str, folder: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])}
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])
+    }
 
 
 def run(verb: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -209,5 +211,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'pydantic', 'vllm'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", probe], env=environment(), check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", probe], env=environment(), check=True, capture_output=True
+    )
     assert time.monotonic() - began < 10  # what it loads is the assertion; a loaded machine is slow

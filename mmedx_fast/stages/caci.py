@@ -174,12 +174,14 @@ def _try(
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    with meter.phase("merge"), write_folder(stage.dir / "candidates" / "model") as folder:
+    model = stage.dir / "candidates" / f"{number:03d}"
+    with meter.phase("merge"), write_folder(model) as folder:
         write_merged(ctx, factors, spec, folder)
     questions = _selection(ctx)
     with meter.phase("select"):
-        ctx.engine.load_weights(stage.dir / "candidates" / "model")
+        ctx.serve_weights(model)
         rows = ask(ctx, questions)
+    shutil.rmtree(model)
     accuracy = sum(row["correct"] for row in rows) / len(rows)
     result = {"spec": describe(spec), "validation_accuracy": accuracy, "questions": len(rows)}
     write_json(path, result)

@@ -37,6 +37,7 @@ class Context:
         self._records: dict[str, list[Record]] = {}
         self._questions: dict[str, list[Question]] = {}
         self._engine: RolloutEngine | None = None
+        self._weights: Path | None = None
 
     def __enter__(self) -> Context:
         return self
@@ -83,7 +84,19 @@ class Context:
                 max_images=self.max_images,
                 seed=self.cfg.seed,
             )
+            self._weights = self.model_path
         return self._engine
+
+    def serve_weights(self, folder: Path) -> RolloutEngine:
+        """The engine with a model folder's full weights; they are read only when others were loaded.
+
+        Each folder is taken as unchanged while the engine has it.
+        """
+        engine = self.engine
+        if self._weights != folder:
+            engine.load_weights(folder)
+            self._weights = folder
+        return engine
 
     @cached_property
     def max_images(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from mmedx_fast.data.records import GUIDELINE_NAMES
 from mmedx_fast.guidelines import adherence
 from mmedx_fast.prompts import Question
-from mmedx_fast.rollout import Rollout, Sampling
+from mmedx_fast.rollout import BASE_VERSION, Rollout, Sampling
 from mmedx_fast.run_folder import Stage, write_json, write_text
 from mmedx_fast.scoring import extract_answer, format_ok, medevalkit_score, strict_score, think_text
 from mmedx_fast.stages.caci import caci_stage, merged_model
@@ -81,9 +81,8 @@ def _evaluate(ctx: Context, stage: Stage, model: str) -> None:
 
 def serve(ctx: Context, model: str) -> None:
     """Put a model into the engine."""
-    engine = ctx.engine
     if model == "merged":
-        engine.load_weights(merged_model(ctx))
+        ctx.serve_weights(merged_model(ctx)).load_adapter(None, BASE_VERSION)
         return
     adapter: Path | None = None
     if model in ctx.cfg.dsa.specialties:
@@ -95,7 +94,7 @@ def serve(ctx: Context, model: str) -> None:
         adapter = {"base": None, "experts_mean": start}.get(ctx.cfg.gba.start, start)
         if ctx.cfg.gba.start in ctx.cfg.dsa.specialties:
             adapter = expert_adapter(ctx, ctx.cfg.gba.start)
-    engine.load_weights(ctx.model_path)
+    engine = ctx.serve_weights(ctx.model_path)
     engine.load_adapter(adapter, version=model_names(ctx).index(model))
 
 

@@ -141,7 +141,7 @@ class _Trainer:
                 StopSignal() as stop,
             ):
                 with self.meter.phase("engine start"):
-                    _ = self.ctx.engine
+                    self.ctx.serve_weights(self.ctx.model_path)
                 self.sync(done)
                 for step in range(done + 1, self.gba.steps + 1):
                     metrics = self.step(step, [self.questions[i] for i in order[step - 1]])

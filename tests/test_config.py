@@ -1,0 +1,91 @@
+"""The configuration: what is accepted, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmedx_fast.config import Config, ConfigError, load_config
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_load_and_come_back_from_yaml(path: Path, tmp_path: Path) -> None:
+    cfg = load_config(path)
+    copy = tmp_path / "resolved.yaml"
+    copy.write_text(cfg.to_yaml())
+    assert load_config(copy) == cfg
+
+
+def test_overrides_reach_nested_fields_and_keep_their_type() -> None:
+    cfg = load_config(None, ["gba.steps=7", "gba.guidelines=[bayesian]", "gba.loss.beta=0.5"])
+    assert (cfg.gba.steps, cfg.gba.guidelines, cfg.gba.loss.beta) == (7, ("bayesian",), 0.5)
+    assert load_config(None, ["data.validation="]).data.validation is None
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("gba.stepz=3", ["gba.stepz", "unknown key", "'steps'"]),
+        ("gba.steps=0", ["gba.steps", "got 0"]),
+        ("gba.steps=many", ["gba.steps", "'many'"]),
+        ("gba.guidelines=[hunch]", ["gba.guidelines", "hunch", "bayesian"]),
+        ("gba.guidelines=[bayesian,bayesian]", ["gba.guidelines", "repeats"]),
+        ("gba.start=nowhere", ["gba.start", "experts_mean"]),
+        ("caci.density=[0.2,1.5]", ["caci", "density", "1.5"]),
+        ("caci.scale=[]", ["caci", "scale"]),
+        ("lora.r=300", ["lora.r", "max_lora_rank"]),
+        ("gba.loss.loss_type=cispo", ["epsilon_high", "cispo"]),
+        ("rollout.temperature=0", ["rollout.temperature"]),
+        ("eval.models=[best]", ["eval.models", "best", "merged"]),
+        ("name=a/b", ["name"]),
+        ("steps", ["section.key=value"]),
+        ("name.x=3", ["name", "not a section"]),
+        ("gba.steps=[", ["YAML"]),
+    ],
+)
+def test_a_bad_value_is_named_with_what_would_do(
+    override: str, words: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [override])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("- a\n- b\n", "mapping"),
+        ("a: [", "not valid YAML"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "broken.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as error:
+        load_config(path)
+    assert "broken.yaml" in str(error.value)
+
+
+def test_fingerprint_sees_its_sections_and_no_others() -> None:
+    one, two = Config(), load_config(None, ["gba.steps=3"])
+    assert one.fingerprint("dsa", "lora") == two.fingerprint("dsa", "lora")
+    assert one.fingerprint("gba") != two.fingerprint("gba")
+
+
+def test_config_loads_nothing_heavy() -> None:
+    probe = (
+        "import sys, mmedx_fast.config\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'vllm', 'deepspeed'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True, cwd=CONFIGS[0].parents[1])

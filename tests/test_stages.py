@@ -1,0 +1,158 @@
+"""Parts of the stages that need no engine: order of the data, adapters as factors, merge candidates, scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmedx_fast.config import CaciConfig, LoraConfig
+from mmedx_fast.policy_adapter import AdapterError, write_adapter
+from mmedx_fast.stages.adapters import base_notes, by_linear, load_factors, write_mean_adapter
+from mmedx_fast.stages.common import StopSignal
+from mmedx_fast.stages.context import batches
+
+TARGETS = r".*(first|second)"
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 10, bias=False)
+        self.second = nn.Linear(10, 14, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def make_adapter(folder: Path, seed: int, fingerprint: str = "f0", **options: object) -> nn.Module:
+    """A PEFT adapter with random factors, on disk; returns the PEFT model for comparison."""
+    import peft
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TARGETS} | options)
+    model = peft.get_peft_model(Base(), config)
+    tensors = {}
+    for name, param in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(param)
+            tensors[name.replace(".default", "")] = param.detach().clone()
+    write_adapter(folder, tensors, config, "some/base", fingerprint)
+    return model
+
+
+def delta(model: nn.Module, linear: str) -> torch.Tensor:
+    return getattr(model.base_model.model, linear).get_delta_weight("default").double()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"r": 3, "rank_pattern": {"first": 5}, "alpha_pattern": {"second": 11}},
+    ],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_factors_give_peft_s_delta(tmp_path: Path, options: dict[str, object]) -> None:
+    model = make_adapter(tmp_path / "a", 1, **options)
+    factors = load_factors(tmp_path / "a")
+    assert sorted(factors) == ["first", "second"]
+    for linear, found in factors.items():
+        torch.testing.assert_close(
+            found.delta(dtype=torch.float32).double(), delta(model, linear), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_mean_adapter_is_the_truncated_svd_of_the_mean(tmp_path: Path) -> None:
+    models = {name: make_adapter(tmp_path / name, seed) for seed, name in enumerate("abc")}
+    sources = {name: tmp_path / name for name in models}
+    share = write_mean_adapter(tmp_path / "mean", sources, LoraConfig(r=5, lora_alpha=10))
+    found = load_factors(tmp_path / "mean")
+    kept = whole = 0.0
+    for linear in ("first", "second"):
+        mean = torch.stack([delta(model, linear) for model in models.values()]).mean(0)
+        u, s, v = torch.linalg.svd(mean, full_matrices=False)
+        best = u[:, :5] * s[:5] @ v[:5]
+        torch.testing.assert_close(found[linear].delta().double(), best, rtol=1e-4, atol=1e-4)
+        kept, whole = kept + float((s[:5] ** 2).sum()), whole + float((s**2).sum())
+    assert share == pytest.approx(kept / whole, rel=1e-4)
+    assert json.loads((tmp_path / "mean" / "mean.json").read_text())["experts"] == list("abc")
+
+
+def test_adapters_of_two_bases_are_refused_by_name(tmp_path: Path) -> None:
+    make_adapter(tmp_path / "a", 1, "f0")
+    make_adapter(tmp_path / "b", 2, "f1")
+    with pytest.raises(AdapterError, match=r"b .*f1.*a on .*f0"):
+        base_notes({"a": tmp_path / "a", "b": tmp_path / "b"})
+
+
+def test_a_linear_only_one_adapter_touches(tmp_path: Path) -> None:
+    make_adapter(tmp_path / "a", 1)
+    make_adapter(tmp_path / "b", 2, target_modules=r".*second")
+    joined = by_linear({name: load_factors(tmp_path / name) for name in "ab"})
+    assert joined["first"][1] is None and joined["second"][1] is not None
+
+
+def test_batches_are_epochs_and_depend_on_nothing_but_their_arguments() -> None:
+    made = list(batches(10, 4, 15, ("seed", 1)))
+    assert made == list(batches(10, 4, 15, ("seed", 1))) != list(batches(10, 4, 15, ("seed", 2)))
+    assert made[:7] == list(batches(10, 4, 7, ("seed", 1)))
+    flat = [index for batch in made for index in batch]
+    for epoch in range(6):
+        assert sorted(flat[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert all(len(batch) == 25 for batch in batches(10, 25, 3, 0))
+
+
+def test_candidates_span_the_lists_and_weigh_the_rl_model_last() -> None:
+    from mmedx_fast.stages.caci import candidates
+
+    specs = candidates(CaciConfig(density=(0.2, 0.5), scale=(1.0,), rl_weight=(1.0, 3.0)), 5)
+    assert [(s.density, s.lam, s.weights) for s in specs] == [
+        (d, 1.0, (1.0, 1.0, 1.0, 1.0, w)) for d in (0.2, 0.5) for w in (1.0, 3.0)
+    ]
+
+
+def test_summary_is_the_mean_over_specialties_not_over_questions() -> None:
+    from mmedx_fast.stages.evaluate import summarise
+
+    def row(specialty: str, correct: bool, guideline: str, adherence: float) -> dict[str, object]:
+        return {
+            "specialty": specialty,
+            "guideline": guideline,
+            "correct": correct,
+            "correct_medevalkit": correct,
+            "format_ok": True,
+            "predicted": "A" if correct else None,
+            "finish_reason": "stop",
+            "adherence": adherence,
+            "tokens": 3,
+        }
+
+    rows = [row("pediatrics", True, "bayesian", 1.0)] * 3 + [
+        row("pediatrics", False, "analytic", 0.0)
+    ]
+    rows += [row("brain_senses", False, "analytic", 0.5)]
+    found = summarise(rows)
+    assert found["accuracy"] == {"pediatrics": 0.75, "brain_senses": 0.0}
+    assert found["macro_accuracy"] == 0.375 and found["micro_accuracy"] == 0.6
+    assert found["adherence"] == {"bayesian": 1.0, "analytic": 0.25}
+    assert found["unparsed_rate"] == 0.4 and found["tokens"] == 15
+    low, high = found["macro_interval"]
+    assert low < 0.375 < high
+
+
+def test_first_signal_waits_for_the_step_and_the_second_does_not() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 0.1)
+    assert signal.getsignal(signal.SIGINT) is before
