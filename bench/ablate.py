@@ -71,7 +71,7 @@ def ablate(name: str, config: str, runs: Path, seeds: list[int], more: list[str]
             row["main_adherence"] = base["adherence"][change["compare"]]
         rows.append(row)
     models = list(rows[0]["macro_accuracy"])
-    result = {
+    result: dict[str, Any] = {
         "name": name,
         "config": config,
         "overrides": more,

@@ -149,7 +149,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=assets_folder())
-    parser.add_argument("--questions", type=int, default=3200)
+    parser.add_argument("--questions", type=int, default=1600)
     parser.add_argument("--read", type=int, default=200, help="steps on first sentences")
     parser.add_argument("--reason", type=int, default=300, help="steps on whole traces")
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -57,7 +57,7 @@ def build(kind: str = "qwen2_5_vl", seed: int = 0) -> Any:
         )
         model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     else:
-        vision = VISION | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+        vision = {**VISION, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
         config = transformers.Qwen2VLConfig(
             text_config=dict(TEXT), vision_config=vision, tie_word_embeddings=False, **TOKENS
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,10 +102,10 @@ def test_no_shortcut_through_image_or_text_alone(splits: dict[str, list[Record]]
 
     train, test = splits["train"], splits["test"]
 
-    def score(model: object, features: object, held_out: object, target: str) -> float:
+    def score(model: Any, features: Any, held_out: Any, target: str) -> float:
         pick = (lambda r: r.answer) if target == "answer" else (lambda r: r.meta[target])
-        model.fit(features, [pick(r) for r in train])  # type: ignore[attr-defined]
-        guesses = model.predict(held_out)  # type: ignore[attr-defined]
+        model.fit(features, [pick(r) for r in train])
+        guesses = model.predict(held_out)
         predictions[target] = list(guesses)
         return float(np.mean([g == pick(r) for g, r in zip(guesses, test, strict=True)]))
 
@@ -116,19 +117,19 @@ def test_no_shortcut_through_image_or_text_alone(splits: dict[str, list[Record]]
         words.transform([_text(r) for r in test]),
     ]
 
-    def reader() -> object:
+    def reader() -> Any:
         return make_pipeline(PCA(60, random_state=0), LogisticRegression(max_iter=3000, C=10))
 
-    def forest() -> object:
+    def forest() -> Any:
         return RandomForestClassifier(300, random_state=0)
 
     for model in (reader(), forest()):
-        assert score(model, *images, "answer") <= 0.45
+        assert score(model, images[0], images[1], "answer") <= 0.45
     for model in (LogisticRegression(max_iter=3000), forest()):
-        assert score(model, *texts, "answer") <= 0.45
+        assert score(model, texts[0], texts[1], "answer") <= 0.45
 
-    assert score(reader(), *images, "finding") >= 0.95
-    assert score(LogisticRegression(max_iter=3000), *texts, "clue") >= 0.95
+    assert score(reader(), images[0], images[1], "finding") >= 0.95
+    assert score(LogisticRegression(max_iter=3000), texts[0], texts[1], "clue") >= 0.95
     pairs = [[f"{r.meta['finding']}|{r.meta['clue']}"] for r in train]
     table = dict(zip((p[0] for p in pairs), (r.answer for r in train), strict=True))
     both = [

@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ THINK = (
 GOOD = f"<think>{THINK}</think><answer>B</answer>"
 
 
-def batch(*completions: str, **columns: list) -> dict[str, list]:
+def batch(*completions: str, **columns: list[Any]) -> dict[str, Any]:
     n = len(completions)
     return {
         "id": [f"toy:{i}" for i in range(n)],

@@ -82,7 +82,7 @@ def growth_plate(finding: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     film -= 0.18 * _box(cx - 7, cx + 7, -5, plate - 22)
     side = rng.choice([-1, 1])
     if finding == 1:
-        for x in np.arange(cx - 20, cx + 21, 5.0):
+        for x in map(float, np.arange(cx - 20, cx + 21, 5.0)):
             film -= 0.55 * _ellipse(x + rng.uniform(-1, 1), plate - gap - 6, 1.6, 8)
     elif finding == 2:
         x = cx + side * 21
