@@ -19,10 +19,12 @@ from typing import Any
 NO_ADHERENCE = (
     "gba.rewards=[{name: accuracy_reward, weight: 1.0}, {name: format_reward, weight: 0.2}]"
 )
+# The merged model is not looked at there: no search for its strength.
+ONE_MERGE = ["caci.density=[1.0]", "caci.scale=[1.0]", "caci.rl_weight=[1.0]"]
 CHANGES: dict[str, dict[str, Any]] = {
     "main": {"override": [], "reuse": [], "models": None, "compare": "merged"},
     "gba": {
-        "override": ["gba.advantage.group_by=question"],
+        "override": ["gba.advantage.group_by=question", *ONE_MERGE],
         "reuse": ["dsa"],
         "models": "[rl]",
         "compare": "rl",
@@ -35,7 +37,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "compare": "merged",
     },
     "adherence": {
-        "override": [NO_ADHERENCE],
+        "override": [NO_ADHERENCE, *ONE_MERGE],
         "reuse": ["dsa"],
         "models": "[rl]",
         "compare": "rl",

@@ -23,7 +23,7 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code (2: bad input, 130: interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     _set_up_logging(options.verbose)
     try:
         code: int = options.command(options)
@@ -40,6 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"mmedx: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse; ``key=value`` may stand on either side of an option, which argparse alone does not take."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [item for item in rest if item.startswith("-") or "=" not in item]
+    if unknown or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -91,6 +91,8 @@ class DsaConfig(Section):
     specialties: tuple[str, ...] = SPECIALTIES
     steps: int = Field(100, ge=1)
     questions_per_step: int = Field(8, ge=1)
+    traces_per_question: int | None = Field(None, ge=1)
+    """How many of a question's traces each step takes (which, turns from step to step); null takes all."""
     optimizer: OptimizerConfig = OptimizerConfig()
     save_steps: int = Field(20, ge=1)
     reuse: str | None = None

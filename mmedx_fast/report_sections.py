@@ -110,7 +110,7 @@ def _merge_choice(summary: dict[str, Any]) -> str:
             value = candidate.get("validation_accuracy")
             main = ' class="main"' if candidate.get("spec") == chosen else ""
             number = f"{100 * value:.1f} %" if is_number(value) else "–"
-            spec = escape(_spec(candidate.get("spec")))
+            spec = escape(_spec(_differing(candidate.get("spec"), candidates)))
             rows.append(f'<tr{main}><th scope="row">{spec}</th><td>{number}</td></tr>')
         text += table(["candidate", "validation accuracy"], rows, "Merge candidates", "narrow")
     return text
@@ -118,6 +118,14 @@ def _merge_choice(summary: dict[str, Any]) -> str:
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _differing(spec: Any, candidates: list[dict[str, Any]]) -> Any:
+    """The settings in which the candidates differ; the common ones stand in the sentence above."""
+    if not isinstance(spec, dict):
+        return spec
+    others = [_object(candidate.get("spec")) for candidate in candidates]
+    return {k: v for k, v in spec.items() if any(other.get(k) != v for other in others)} or spec
 
 
 def _spec(spec: Any) -> str:

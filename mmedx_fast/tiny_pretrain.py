@@ -1,8 +1,8 @@
 """Makes the base weights of the tiny model: ``python -m mmedx_fast.tiny_pretrain --out FOLDER``.
 
 Supervised training of all weights on phantom-clinic questions whose diagnosis is drawn at random from the options: the
-model learns to read the prompt, to name what image and vignette show, and the four forms of reasoning, but
-none of the rule book, so that its diagnoses stay near chance. The weights in ``mmedx_fast/assets`` were made by
+model learns to read the prompt, to name and score what image and vignette show, and the four forms of reasoning,
+but not what a score means, so that its diagnoses stay near chance. The weights in ``mmedx_fast/assets`` were made by
 this command with its defaults; they are stored in bfloat16.
 """
 
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=assets_folder())
     parser.add_argument("--questions", type=int, default=1600)
     parser.add_argument("--read", type=int, default=200, help="steps on first sentences")
-    parser.add_argument("--reason", type=int, default=300, help="steps on whole traces")
+    parser.add_argument("--reason", type=int, default=250, help="steps on whole traces")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()

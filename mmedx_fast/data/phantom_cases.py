@@ -2,9 +2,10 @@
 
 THE RULES ARE INVENTED. They use clinical words so that prompts and traces read like the real thing, but what
 links them to a diagnosis is a made-up point score, not medicine: finding and clue count 0 to 3 points each,
-and their sum decides.
+and their sum, the score, decides. The base model knows the points; what a score means in a specialty is what its
+expert learns.
 
-    points      0  1  2  3  4  5  6
+    score       0  1  2  3  4  5  6
     diagnosis   0  0  1  2  3  4  4
 
 Every finding and every clue meets several diagnoses, so that the best guess from either alone is right in 37.5 %
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 
-DIAGNOSIS_OF_POINTS = (0, 0, 1, 2, 3, 4, 4)
+DIAGNOSIS_OF_SCORE = (0, 0, 1, 2, 3, 4, 4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,11 @@ class Clinic:
     finding_points: tuple[int, ...]
     clue_points: tuple[int, ...]
 
+    def score(self, finding: int, clue: int) -> int:
+        return self.finding_points[finding] + self.clue_points[clue]
+
     def diagnosis(self, finding: int, clue: int) -> str:
-        points = self.finding_points[finding] + self.clue_points[clue]
-        return self.diagnoses[DIAGNOSIS_OF_POINTS[points]]
+        return self.diagnoses[DIAGNOSIS_OF_SCORE[self.score(finding, clue)]]
 
 
 def _finding(name: str, mechanism: str) -> Term:

@@ -1,6 +1,6 @@
 """Step-by-step traces of the phantom clinic under each of the four guidelines.
 
-Each trace first names what the image and the vignette show, then reasons in its guideline's form, so that a
+Each trace first names what the image and the vignette show, with their points, then reasons in its guideline's form, so that a
 diagnosis is always concluded from both. They satisfy the criteria of ``mmedx_fast.guidelines``.
 """
 
@@ -16,8 +16,10 @@ def _article(name: str) -> str:
 
 
 def _opening(clinic: Clinic, finding: Term, clue: Term) -> str:
+    f, c = clinic.findings.index(finding), clinic.clues.index(clue)
     return (
-        f"The {clinic.image} shows {_article(finding.name)} and the history tells of {clue.name}."
+        f"The {clinic.image} shows {_article(finding.name)} ({clinic.finding_points[f]}) and the history "
+        f"tells of {clue.name} ({clinic.clue_points[c]}), score {clinic.score(f, c)}."
     )
 
 

@@ -64,12 +64,20 @@ def run_dsa(ctx: Context, specialties: tuple[str, ...] | None = None) -> dict[st
     return results
 
 
-def sft_tree(question: Question) -> tuple[Tree, list[int]]:
-    """The question with all its traces as branches, and each target's token count."""
+def sft_tree(
+    question: Question, traces: int | None = None, turn: int = 0
+) -> tuple[Tree, list[int]]:
+    """The question with its traces as branches, and each target's token count.
+
+    ``traces`` of them (null: all), beginning with number ``turn`` and wrapping around.
+    """
     from mmedx_fast.tree import Branch, Tree
 
+    keys = list(question.record.reasoning)
+    if traces is not None and traces < len(keys):
+        keys = [keys[(turn + k) % len(keys)] for k in range(traces)]
     branches = []
-    for key in question.record.reasoning:
+    for key in keys:
         guideline = key or None
         text = question.builder.target_text(question.record, guideline)
         branches.append(Branch(question.prompt_ids(guideline), question.builder.response_ids(text)))
@@ -130,7 +138,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
             StopSignal() as stop,
         ):
             for step in range(done + 1, dsa.steps + 1):
-                metrics = _update(policy, [questions[i] for i in order[step - 1]], meter, ctx)
+                metrics = _update(policy, [questions[i] for i in order[step - 1]], step, meter, ctx)
                 log.log(step, metrics | meter.take())
                 due = step % dsa.save_steps == 0 or stop.requested
                 if due and step < dsa.steps:
@@ -156,7 +164,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
 
 
 def _update(
-    policy: Policy, questions: list[Question], meter: Any, ctx: Context
+    policy: Policy, questions: list[Question], step: int, meter: Any, ctx: Context
 ) -> dict[str, float]:
     """One optimizer step: the mean over all target tokens of the batch's negative log-likelihood."""
     import torch
@@ -164,7 +172,8 @@ def _update(
     from mmedx_fast.tree import plan_rows
 
     with meter.phase("data"):
-        made = [sft_tree(question) for question in questions]
+        traces = ctx.cfg.dsa.traces_per_question
+        made = [sft_tree(question, traces, step + n) for n, question in enumerate(questions)]
         tokens = sum(sum(lengths) for _, lengths in made)
         plans = plan_rows(
             [tree for tree, _ in made],

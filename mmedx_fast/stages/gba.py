@@ -48,7 +48,16 @@ SAMPLES_KEPT = 16
 
 def gba_stage(ctx: Context) -> Stage:
     """The stage's place in the run folder, under the settings its result depends on."""
-    sections: tuple[str, ...] = ("seed", "model", "data", "phantom", "lora", "rollout", "gba", "deepspeed")
+    sections: tuple[str, ...] = (
+        "seed",
+        "model",
+        "data",
+        "phantom",
+        "lora",
+        "rollout",
+        "gba",
+        "deepspeed",
+    )
     if ctx.cfg.gba.start != "base":
         sections = (*sections, "dsa")
     return ctx.run.stage("gba", ctx.cfg.fingerprint(*sections))
