@@ -172,6 +172,8 @@ class RewardConfig(Section):
 class GbaConfig(Section):
     start: str = "experts_mean"
     """``experts_mean`` (truncated SVD of the mean expert delta), ``base``, or one specialty's expert."""
+    start_scale: float = Field(1.0, gt=0)
+    """Factor on the mean expert delta of ``experts_mean``; with E experts, E makes the mean their sum."""
     guidelines: tuple[str, ...] = GUIDELINE_NAMES
     steps: int = Field(100, ge=1)
     questions_per_step: int = Field(4, ge=1)

@@ -92,8 +92,10 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def write_mean_adapter(folder: Path, sources: Mapping[str, Path], lora: LoraConfig) -> float:
-    """Write the mean of the adapters' deltas, cut to ``lora.r``, as an adapter of its own.
+def write_mean_adapter(
+    folder: Path, sources: Mapping[str, Path], lora: LoraConfig, factor: float = 1.0
+) -> float:
+    """Write ``factor`` times the mean of the adapters' deltas, cut to ``lora.r``, as an adapter of its own.
 
     ``mean.json`` beside it says how much of the mean's energy (squared norm) the cut keeps, per linear
     and over all; the latter is returned.
@@ -108,7 +110,8 @@ def write_mean_adapter(folder: Path, sources: Mapping[str, Path], lora: LoraConf
     scale = lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
     tensors, kept, energy = {}, {}, {}
     for linear, factors in by_linear(adapters).items():
-        mean, share = lora_mean(factors, rank=lora.r)
+        weights = [factor / len(factors)] * len(factors)
+        mean, share = lora_mean(factors, weights, rank=lora.r)
         mean = mean.rescaled(scale)
         tensors[f"base_model.model.{linear}.lora_A.weight"] = mean.A.float().contiguous()
         tensors[f"base_model.model.{linear}.lora_B.weight"] = mean.B.float().contiguous()
@@ -123,6 +126,12 @@ def write_mean_adapter(folder: Path, sources: Mapping[str, Path], lora: LoraConf
         str(note.get("base_model_name_or_path", "")),
         str(note.get("base_fingerprint", "")),
     )
-    report = {"experts": list(sources), "rank": lora.r, "energy_kept": share, "by_linear": kept}
+    report: dict[str, Any] = {
+        "experts": list(sources),
+        "factor": factor,
+        "rank": lora.r,
+        "energy_kept": share,
+    }
+    report["by_linear"] = kept
     (folder / "mean.json").write_text(json.dumps(report, indent=1))
     return share

@@ -84,7 +84,7 @@ def start_adapter(ctx: Context, stage: Stage) -> Path | None:
 
         sources = {name: expert_adapter(ctx, name) for name in ctx.cfg.dsa.specialties}
         with write_folder(folder) as partial:
-            write_mean_adapter(partial, sources, ctx.cfg.lora)
+            write_mean_adapter(partial, sources, ctx.cfg.lora, ctx.cfg.gba.start_scale)
     return folder
 
 
