@@ -1,7 +1,7 @@
 """Step-by-step traces of the phantom clinic under each of the four guidelines.
 
-Each trace first names what the image and the vignette show, with their points, then reasons in its guideline's form, so that a
-diagnosis is always concluded from both. They satisfy the criteria of ``mmedx_fast.guidelines``.
+Each trace first names and scores what the image and the vignette show, then reasons in its guideline's form,
+so that a diagnosis is always concluded from both. They satisfy the criteria of ``mmedx_fast.guidelines``.
 """
 
 from __future__ import annotations
