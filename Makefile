@@ -36,9 +36,10 @@ demo: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/mmedx run $(CONFIG) $(ARGS)
 
 # The bare pytest, not python -m pytest: that would put this folder, and with it the name
-# `kernels`, first on the path (CONTRIBUTING.md, "Layout").
+# `kernels`, first on the path (CONTRIBUTING.md, "Layout"). One thread: the tensors are small, and
+# OpenMP threads that wait for a busy core make a loaded machine many times slower.
 test: $(WITH_DEV)
-	$(BIN)/pytest --durations=10 $(TESTS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest --durations=10 $(TESTS)
 
 lint: $(WITH_DEV)
 	$(BIN)/ruff check .

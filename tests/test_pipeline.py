@@ -215,3 +215,52 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         [sys.executable, "-c", probe], env=environment(), check=True, capture_output=True
     )
     assert time.monotonic() - began < 10  # what it loads is the assertion; a loaded machine is slow
+
+
+def medxpertqa_folder(folder: Path) -> Path:
+    """Four questions exactly as MedXpertQA-MM has them on disk: options repeated in the stem, several
+    images of several kinds (one of them DICOM), no specialty, no trace."""
+    import shutil
+
+    from PIL import Image
+    from pydicom.data import get_testdata_file
+
+    images = folder / "images"
+    images.mkdir(parents=True)
+    Image.new("RGB", (90, 130), "gray").save(images / "MM-1-a.jpeg")
+    Image.new("L", (64, 64), 80).save(images / "MM-1-b.png")
+    shutil.copyfile(str(get_testdata_file("CT_small.dcm")), images / "MM-2-a.dcm")
+    options = {"A": "pneumonia", "B": "stroke", "C": "scurvy", "D": "melanoma", "E": "rickets"}
+    told = "\nAnswer Choices: " + " ".join(f"({k}) {v}" for k, v in options.items())
+    rows = []
+    for number, names in enumerate([["MM-1-a.jpeg", "MM-1-b.png"], ["MM-2-a.dcm"]] * 2):
+        rows.append(
+            {
+                "id": f"MM-{number}",
+                "question": f"A {30 + number}-year-old man has a cough. What is it?{told}",
+                "options": options,
+                "label": "ABCD"[number],
+                "images": names,
+                "medical_task": "Diagnosis",
+                "body_system": "Respiratory",
+                "question_type": "Reasoning",
+            }
+        )
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_real_formats_go_through_the_same_pipeline(tmp_path: Path) -> None:
+    from mmedx_fast.data.phantom import write_phantom
+
+    train = write_phantom(tmp_path / "mine", train=24, validation=20, test=20, seed=5)
+    test = medxpertqa_folder(tmp_path / "MM")
+    folder = tmp_path / "run"
+    data = [f"data.train={train}", f"data.test={test}", "data.max_prompt_length=512"]
+    done = run("eval", folder, *data, "data.answer_format=letter", "--only", "base")
+    assert done.returncode == 0, done.stderr[-3000:]
+    path = folder / "eval" / "base" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [len(row["images"]) for row in rows] == [2, 1, 2, 1]
+    assert {row["specialty"] for row in rows} == {"adult_medicine"}
+    assert not any("Answer Choices" in row["question"] for row in rows)
