@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedx_fast.config import Config
+from mmedx_fast.data.records import GUIDELINE_NAMES
 from mmedx_fast.flops import (
     Counts,
     ModelShape,
@@ -149,10 +150,12 @@ class _Facts:
         }
 
     def dsa(self) -> dict[str, Any]:
-        """Every question under every guideline's trace, packed as a tree with one response each."""
+        """Every question with its traces of a step, packed as a tree with one response each."""
         dsa = self.cfg.dsa
         rows = 0 if dsa.reuse else len(dsa.specialties) * dsa.steps * dsa.questions_per_step
-        return self._train("DSA: experts", rows, len(self.cfg.gba.guidelines), n=1, passes=1)
+        known = len(GUIDELINE_NAMES)
+        traces = min(self.cfg.dsa.traces_per_question or known, known)
+        return self._train("DSA: experts", rows, traces, n=1, passes=1)
 
     def update(self) -> dict[str, Any]:
         gba = self.cfg.gba
