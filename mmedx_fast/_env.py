@@ -28,6 +28,9 @@ _ALWAYS = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Our own progress bars say what is going on; a bar for every load of a model only hides them.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 _CPU = {
     "DS_ACCELERATOR": "cpu",

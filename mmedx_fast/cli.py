@@ -263,6 +263,7 @@ def _set_up_logging(verbose: bool) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
     if not verbose:
+        logging.getLogger("vllm").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"(torch|transformers|vllm|deepspeed)\b.*")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
