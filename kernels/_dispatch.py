@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -55,12 +56,25 @@ def register_torch(op: str) -> Callable[[F], F]:
 
 
 def needs_cuda(device: torch.device) -> str | None:
-    """The usual condition of a Triton op: a CUDA tensor and an importable ``triton``."""
-    if device.type != "cuda":
-        return f"the tensors are on {device.type}, Triton needs cuda"
+    """The usual condition of a Triton op: a CUDA tensor and an importable ``triton``.
+
+    CPU tensors are taken under Triton's interpreter (``TRITON_INTERPRET=1``) when
+    ``MMEDX_KERNELS=triton`` asks for it: that is how the kernels are tested without a GPU.
+    """
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
+    interpreted = device.type == "cpu" and interpreting() and mode() == "triton"
+    if device.type != "cuda" and not interpreted:
+        return f"the tensors are on {device.type}, Triton needs cuda"
     return None
+
+
+def interpreting() -> bool:
+    """Triton was imported under ``TRITON_INTERPRET=1`` (what the variable says later changes nothing)."""
+    module = sys.modules.get(f"{__package__}._triton")
+    if module is not None:
+        return bool(module.INTERPRETING)
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def register_triton(
@@ -114,3 +128,21 @@ def resolve(op: str, device: torch.device) -> Op:
         _said.add((op, reason))
         logger.info("%s runs in plain torch: %s", op, reason)
     return _torch_ops[op]
+
+
+@dataclass(frozen=True)
+class Path:
+    """Which implementation an op takes, and why not the other."""
+
+    op: str
+    implementation: str  # "triton" or "torch"
+    reason: str  # empty where Triton is taken
+
+
+def paths(device: torch.device) -> list[Path]:
+    """The path of every registered op for tensors on ``device`` (``mmedx doctor`` prints it)."""
+    found = []
+    for op in sorted(_torch_ops):
+        reason = f"{ENV}=torch" if mode() == "torch" else _why_not_triton(op, device)
+        found.append(Path(op, "torch" if reason else "triton", reason or ""))
+    return found

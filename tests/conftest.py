@@ -17,6 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = {f"test_{path.stem}" for path in (ROOT / "kernels").glob("*.py")}
 SEED = 20260110
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for before Triton
+# is imported. Children of the tests do not inherit it.
+if ENVIRONMENT.device != "cuda":
+    os.environ["TRITON_INTERPRET"] = "1"
+    import mmedx_fast.kernels._triton  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+
 # A spawned process imports its function from `tests.<module>`. Last, not first: CONTRIBUTING.md.
 sys.path.append(str(ROOT))
 
@@ -41,6 +49,19 @@ def _seeded() -> None:
         sys.modules["numpy"].random.seed(SEED)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(SEED)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test on the plain torch op and on the Triton one (interpreted where there is no GPU)."""
+    monkeypatch.setenv("MMEDX_KERNELS", request.param)
+    return request.param
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test on the Triton ops only."""
+    monkeypatch.setenv("MMEDX_KERNELS", "triton")
 
 
 @pytest.fixture
