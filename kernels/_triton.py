@@ -1,4 +1,4 @@
-"""What the Triton files share: the import, the interpreter, and how a kernel is described for a compile without a GPU."""
+"""What the Triton files share: the import, the interpreter, and a kernel described for a compile without a GPU."""
 
 from __future__ import annotations
 
