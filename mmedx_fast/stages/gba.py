@@ -274,7 +274,11 @@ class _Trainer:
             self._targets(plan, row, flat, rollouts, advantages)
             for plan, row in zip(plans, rows, strict=True)
         ]
-        weights = self._weights(rows, plans, flat, rollouts, chosen)
+        weights = self._weights(rows, rollouts, chosen, self.spec.loss_type)
+        if self.spec.entropy_coef:  # TRL's bonus is a plain mean over tokens whatever the loss type
+            means = self._weights(rows, rollouts, chosen, "dapo")
+            for tensors, mean in zip(batch, means, strict=True):
+                tensors["entropy_weight"] = mean
         self._fixed_passes(rows, batch)
         computed = sum(row.n_tokens for row in rows)
         metrics: dict[str, float] = {}
@@ -310,12 +314,7 @@ class _Trainer:
         }
 
     def _weights(
-        self,
-        rows: list[PackedRow],
-        plans: Sequence[RowPlan],
-        flat: list[int],
-        rollouts: list[Rollout],
-        chosen: list[int],
+        self, rows: list[PackedRow], rollouts: list[Rollout], chosen: list[int], loss_type: str
     ) -> list[Tensor]:
         """Token weights that add up over all rows of the step."""
         from mmedx_fast.ops import token_weights
@@ -324,7 +323,7 @@ class _Trainer:
         return [
             token_weights(
                 row.branch_index,
-                self.spec.loss_type,
+                loss_type,
                 num_sequences=len(chosen),
                 num_items_in_batch=tokens,
                 max_completion_length=self.cfg.rollout.max_completion_length,
