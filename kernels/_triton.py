@@ -12,6 +12,9 @@ import triton.language as tl
 
 # Fixed when Triton is imported: its own library functions are decorated then.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+if INTERPRETING:
+    # Asked again where a kernel is decorated or runs; by then the variable may be gone.
+    triton.knobs.runtime.interpret = True
 # Contracting a * b + c into one rounding is Triton's default until 3.9 and off from 3.10 on; said
 # explicitly, so that the bits do not change with the version.
 FP_FUSION = True
