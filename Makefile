@@ -47,7 +47,7 @@ lint: $(WITH_DEV)
 	$(BIN)/mypy
 
 bench: $(WITH_DEV)
-	for name in main gba ties adherence; do $(BIN)/python bench/ablate.py $$name $(ARGS) || exit 1; done
+	for name in main gba ties linear adherence; do $(BIN)/python bench/ablate.py $$name $(ARGS) || exit 1; done
 
 # A stamp is written only after pip succeeded: an install that was cut off is taken up again.
 $(VENV)/.installed-%: $(VENV)/.created $(METADATA)

@@ -1,8 +1,9 @@
-"""The demo over several seeds, and its ablations: ``python bench/ablate.py {main,gba,ties,adherence}``.
+"""The demo over several seeds, and its ablations: ``python bench/ablate.py {main,gba,ties,linear,adherence}``.
 
 ``main`` runs the demo once a seed. The others reuse its finished stages and change one thing:
     gba        plain GRPO (K = 1: one group a question, the same rollouts) for guideline-relative advantages
     ties       the plain mean of the task vectors for TIES
+    linear     their scaled sum for TIES, its strength searched on the validation set as that of TIES is
     adherence  no adherence reward
 Writes ``<runs>/ablation-<name>.json`` and prints the table; every figure is on the held-out test set.
 """
@@ -32,6 +33,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ties": {
         "override": ["caci.method=linear", "caci.density=[1.0]", "caci.scale=[0.2]"]
         + ["caci.rl_weight=[1.0]"],
+        "reuse": ["dsa", "gba"],
+        "models": "[merged]",
+        "compare": "merged",
+    },
+    "linear": {
+        "override": ["caci.method=linear", "caci.density=[1.0]", "caci.scale=[0.2,0.35,0.5,0.7]"],
         "reuse": ["dsa", "gba"],
         "models": "[merged]",
         "compare": "merged",
