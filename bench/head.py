@@ -257,7 +257,7 @@ def torch_lce(reduction: str) -> LogProb:
     return call
 
 
-def no_torch_lce() -> str | None:
+def no_torch_lce(sizes: Sizes) -> str | None:
     if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return None
     return f"torch {torch.__version__} has no chunked F.linear_cross_entropy (2.13 has)"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bench import head
-from bench.registry import Call, Provider
+from bench.registry import Call, Provider, Sizes
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,10 @@ class HeadPeer:
     build: Callable[[], head.LogProb]
     needs: tuple[str, ...] = ()
     cuda: bool = False
-    lacking: Callable[[], str | None] = lambda: None
+    lacking: Callable[[Sizes], str | None] = lambda sizes: None
     note: str = ""
     whole_logits: bool = False
+    last: bool = False
 
 
 def _eager() -> head.LogProb:
@@ -29,7 +30,6 @@ def _eager() -> head.LogProb:
 
 PEERS = (
     HeadPeer("eager torch", _eager, note="whole logits", whole_logits=True),
-    HeadPeer("torch.compile", head.compiled, cuda=True, note="whole logits", whole_logits=True),
     HeadPeer("TRL chunked", head.trl, needs=("trl",), note="recomputes logits in backward"),
     HeadPeer("Liger FLSCE", head.liger_scaled, needs=("liger-kernel",)),
     HeadPeer(
@@ -52,6 +52,9 @@ PEERS = (
         note="reduction none, no entropy",
     ),
     HeadPeer("verl", head.verl, needs=("verl",), cuda=True),
+    HeadPeer(
+        "torch.compile", head.compiled, cuda=True, note="whole logits", whole_logits=True, last=True
+    ),
 )  # fmt: skip
 
 
@@ -72,6 +75,7 @@ def providers(wrap: Callable[[head.LogProb, head.HeadInputs], Call], passes: int
                 lacking=peer.lacking,
                 limits=head.ROUNDED_LOGITS,
                 note=peer.note,
+                last=peer.last,
                 **({} if memory is None else {"memory": memory}),
             )
         )

@@ -1,67 +1,44 @@
-"""Peak memory of one call beyond what was there before it, its outputs included."""
+"""Peak memory of one call beyond what was there before it, its outputs included.
+
+Read from the allocator: on CUDA its own peak, on a CPU the allocations and releases that the profiler
+records. A Triton kernel under the interpreter works in numpy's memory, which neither sees.
+"""
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that torch ops made and that are still alive; ``peak`` is their maximum.
-
-    What an op uses inside (a GEMM's packing buffer, an interpreted Triton kernel) is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        before = {_key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and _key(leaf) not in before:
-                self._add(leaf)
-        return out
-
-    def _add(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known[key] = size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.live -= self._known.pop(key, 0)
+def watched(call: Callable[[], T], device: torch.device) -> tuple[T, int]:
+    """What ``call`` returns, and the most bytes it held at once on top of what was held before."""
+    if device.type != "cuda":
+        return _profiled(call)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = call()
+    torch.cuda.synchronize()
+    return out, torch.cuda.max_memory_allocated() - before
 
 
-def _key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def _profiled(call: Callable[[], T]) -> tuple[T, int]:
+    from torch.profiler import ProfilerActivity, profile
 
-
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes held at once by ``call`` on top of what was held before."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as counter:
-        call()
-    return counter.peak
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        out = call()
+    assert record.profiler is not None
+    events = record.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = peak = 0
+    for _, change in changes:
+        live += change
+        peak = max(peak, live)
+    return out, peak
 
 
 def free_bytes(device: torch.device) -> int:

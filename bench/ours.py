@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.registry import Call, Outputs, Provider
+from bench.registry import Call, Outputs, Provider, Sizes
 from mmedx_fast.kernels import _dispatch
 
 
@@ -20,7 +20,7 @@ def path_of(op: str, device: torch.device) -> str:
 def plain_torch(make: Callable[[Any], Call], op: str) -> Provider:
     """The provider "ours (torch)": the same call under MMEDX_KERNELS=torch."""
 
-    def lacking() -> str | None:
+    def lacking(sizes: Sizes) -> str | None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return "ours is the plain torch path here" if path_of(op, device) == "torch" else None
 

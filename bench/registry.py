@@ -69,23 +69,25 @@ class Provider:
     """Distributions it cannot run without."""
     cuda: bool = False
     """It runs on a CUDA device only."""
-    lacking: Callable[[], str | None] = lambda: None
-    """Anything else that is missing here, in words."""
+    lacking: Callable[[Sizes], str | None] = lambda sizes: None
+    """Anything else that is missing here, or does not suit the size, in words."""
     limits: Mapping[str, float] | None = field(default_factory=dict)
     """Bounds of its own by output (a peer that rounds logits to bf16 cannot hold ours). None: its
     error is reported and not judged, because it computes something else; ``note`` says what."""
     memory: Callable[[Sizes, int], float] = lambda sizes, itemsize: 0.0
     """Rough bytes beyond the inputs from sizes and bytes per element; it is left out where they are not free."""
     note: str = ""
+    last: bool = False
+    """Tried after the other peers, because its first call takes long."""
 
-    def unavailable(self, device: torch.device) -> str | None:
+    def unavailable(self, device: torch.device, sizes: Sizes) -> str | None:
         """Why it cannot run here, as a status, or None."""
         missing = [name for name in self.needs if installed(name) is None]
         if missing:
             return f"not installed: {', '.join(missing)}"
         if self.cuda and device.type != "cuda":
             return "skipped: needs CUDA"
-        reason = self.lacking()
+        reason = self.lacking(sizes)
         return None if reason is None else f"skipped: {reason}"
 
 
@@ -116,7 +118,7 @@ class Op:
     def ordered(self) -> list[Provider]:
         """Ours, the floor, then the peers: who goes first if time runs out."""
         rank = {OURS: 0, FLOOR: 1, PEER: 2}
-        return sorted(self.providers, key=lambda p: rank[p.kind])
+        return sorted(self.providers, key=lambda p: (rank[p.kind], p.last))
 
 
 def installed(distribution: str) -> str | None:
@@ -141,7 +143,10 @@ def load() -> dict[str, Op]:
 
 
 def compare(
-    got: Outputs, reference: Outputs, bounds: Mapping[str, Bound], limits: Mapping[str, float] | None
+    got: Outputs,
+    reference: Outputs,
+    bounds: Mapping[str, Bound],
+    limits: Mapping[str, float] | None,
 ) -> tuple[dict[str, float], list[str]]:
     """Error of each output that has a reference, and what is wrong.
 
@@ -166,7 +171,7 @@ def distance(value: Tensor, reference: Outputs, name: str, bound: Bound) -> floa
     expected = reference[name]
     if value.shape != expected.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
-    difference = value.detach().to(expected.dtype) - expected
+    difference = value.detach().to(expected) - expected
     if bound.metric == "absolute":
         return float(difference.abs().max()) if difference.numel() else 0.0
     size = reference[bound.against] if bound.against else expected

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
-WARM_UP, WARM_UP_SECONDS = 10, 1.0
+# Calls before the first that counts: the most, the fewest, and what they may take together.
+WARM_UP, WARM_UP_LEAST, WARM_UP_SECONDS = 10, 3, 0.5
+# Rounds from which the first is left out: the caches still hold what came before.
+DISCARDING = 6
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,14 @@ def warm_up(call: Call, device: torch.device) -> float:
     """Call until :data:`WARM_UP` calls or :data:`WARM_UP_SECONDS` have passed; seconds of the quickest."""
     best = math.inf
     begun = time.perf_counter()
-    for _ in range(WARM_UP):
+    for done in range(WARM_UP):
+        if done >= WARM_UP_LEAST and time.perf_counter() - begun > WARM_UP_SECONDS:
+            break
         start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-        if time.perf_counter() - begun > WARM_UP_SECONDS:
-            break
     return best
 
 
@@ -113,7 +116,9 @@ def rounds_for(seconds: Mapping[str, float], budget: float, most: int) -> dict[s
     return {n: int(min(most, max(1, share / max(s, 1e-9)))) for n, s in seconds.items()}
 
 
-def interleave(calls: Mapping[str, Call], rounds: Mapping[str, int], clock: Clock) -> dict[str, Times]:
+def interleave(
+    calls: Mapping[str, Call], rounds: Mapping[str, int], clock: Clock
+) -> dict[str, Times]:
     """Time every call in turn, each for its number of rounds."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(max(rounds.values(), default=0)):
@@ -121,4 +126,4 @@ def interleave(calls: Mapping[str, Call], rounds: Mapping[str, int], clock: Cloc
             clock.once(name, calls[name])
         for name, milliseconds in clock.collect():
             samples[name].append(milliseconds)
-    return {name: Times.of(found) for name, found in samples.items()}
+    return {n: Times.of(x[1:] if len(x) >= DISCARDING else x) for n, x in samples.items()}

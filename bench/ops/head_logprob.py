@@ -67,7 +67,9 @@ OPS = (
         providers=(
             Provider("ours", partial(_scored, linear_logprob), OURS),
             plain_torch(partial(_scored, linear_logprob), "linear_logprob"),
-            Provider("torch.mm", partial(head.gemm_floor, passes=1), FLOOR, note="logits GEMM only"),
+            Provider(
+                "torch.mm", partial(head.gemm_floor, passes=1), FLOOR, note="logits GEMM only"
+            ),
             *head_peers.providers(_scored, passes=1),
         ),
         dispatch="linear_logprob",

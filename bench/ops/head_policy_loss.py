@@ -87,9 +87,7 @@ def _liger_grpo(x: HeadInputs, tf32: bool) -> Call:
     def call() -> Outputs:
         hidden = x.hidden.view(*targets.shape, -1)
         with _tf32(tf32):
-            loss, _ = module(
-                hidden, x.weight, targets, mask, advantages, old_per_token_logps=old
-            )
+            loss, _ = module(hidden, x.weight, targets, mask, advantages, old_per_token_logps=old)
             return _gradient(loss, x)
 
     return call

@@ -1,0 +1,174 @@
+"""guideline_advantages: B rewards in, B advantages out. All of it is launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.ours import plain_torch
+from bench.registry import FLOOR, OURS, Bound, Call, Case, Op, Outputs, Provider, Shape, Sizes
+from mmedx_fast.ops import guideline_advantages
+
+EPS = 1e-4
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    """Questions of K guidelines with n rollouts each, in order; a tenth of the rewards do not apply."""
+
+    rewards: Tensor  # [B, M] f32, NaN = does not apply
+    group: Tensor  # [B] int64
+    guideline: Tensor  # [B] int64
+    guidelines: int
+    rollouts: int
+
+
+def _inputs(case: Case) -> RewardInputs:
+    b, m, k, n = (case.sizes[name] for name in ("B", "M", "K", "n"))
+    random = torch.Generator(case.device).manual_seed(case.seed)
+    rewards = torch.randn(b, m, generator=random, device=case.device)
+    absent = torch.rand(b, m, generator=random, device=case.device) < 0.1
+    index = torch.arange(b, device=case.device)
+    return RewardInputs(
+        rewards=rewards.masked_fill(absent, torch.nan),
+        group=index // (k * n),
+        guideline=index // n % k,
+        guidelines=k,
+        rollouts=n,
+    )
+
+
+def _reference(x: RewardInputs) -> Outputs:
+    """The formula of ``kernels/advantage.py``, one question and one guideline at a time."""
+    rewards = x.rewards.double().cpu()
+    valid = ~rewards.isnan().all(1)
+    reward = rewards.nansum(1)
+    out = torch.zeros(len(reward), dtype=torch.float64)
+    width = x.guidelines * x.rollouts
+    for start in range(0, len(reward), width):
+        question = torch.arange(start, start + width)
+        alive = question[valid[question]]
+        mu, sd = _moments(reward[alive])
+        for pair in question.split(x.rollouts):
+            mine = pair[valid[pair]]
+            if len(mine) == 0:
+                continue
+            mu_k, sd_k = _moments(reward[mine])
+            inner = (reward[mine] - mu_k) / (sd_k + EPS)
+            out[mine] = inner + (mu_k - mu) / (sd + EPS)
+    return {"advantages": out.to(x.rewards.device)}
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean(), x.std() if len(x) > 1 else x.new_zeros(())
+
+
+def _ours(x: RewardInputs) -> Call:
+    return lambda: {"advantages": guideline_advantages(x.rewards, x.group, x.guideline)[0]}
+
+
+def _dense(rewards: Tensor, guidelines: int, rollouts: int) -> Tensor:
+    """The same result where all groups are full and in order: NaN-aware means over a [P, K, n] view."""
+    valid = ~rewards.isnan().all(1)
+    reward = torch.where(valid, rewards.nansum(1), torch.nan).view(-1, guidelines, rollouts)
+    mu_pk = reward.nanmean(2, keepdim=True)
+    mu_p = reward.nanmean((1, 2), keepdim=True)
+    inner = (reward - mu_pk) / (_nanstd(reward, mu_pk, (2,)) + EPS)
+    outer = (mu_pk - mu_p) / (_nanstd(reward, mu_p, (1, 2)) + EPS)
+    return (inner + outer).view(-1).nan_to_num(0.0)
+
+
+def _nanstd(x: Tensor, mean: Tensor, dims: tuple[int, ...]) -> Tensor:
+    square = (x - mean).square()
+    count = (~x.isnan()).sum(dims, keepdim=True)
+    return (square.nansum(dims, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+
+
+def _by_layout(function: Callable[[Tensor, int, int], Tensor], x: RewardInputs) -> Call:
+    return lambda: {"advantages": function(x.rewards, x.guidelines, x.rollouts)}
+
+
+def _eager(x: RewardInputs) -> Call:
+    return _by_layout(_dense, x)
+
+
+def _compiled(x: RewardInputs) -> Call:
+    return _by_layout(torch.compile(_dense, dynamic=False), x)
+
+
+def _trl(x: RewardInputs) -> Call:
+    """TRL 1.16, ``GRPOTrainer``, sum_then_normalize: one mean and one deviation a question."""
+    from trl.trainer.utils import nanstd
+
+    width = x.guidelines * x.rollouts
+    weights = x.rewards.new_ones(x.rewards.shape[1])
+
+    def call() -> Outputs:
+        unscorable = x.rewards.isnan().all(dim=1)
+        rewards = (x.rewards * weights.unsqueeze(0)).nansum(dim=1)
+        rewards = torch.where(unscorable, torch.nan, rewards)
+        mean = rewards.view(-1, width).nanmean(dim=1).repeat_interleave(width, dim=0)
+        std = nanstd(rewards.view(-1, width), dim=1).repeat_interleave(width, dim=0)
+        return {"advantages": torch.nan_to_num((rewards - mean) / (std + EPS), nan=0.0)}
+
+    return call
+
+
+def _copy(x: RewardInputs) -> Call:
+    target = torch.empty_like(x.rewards)
+
+    def call() -> Outputs:
+        target.copy_(x.rewards)
+        return {}
+
+    return call
+
+
+def _bytes(s: Sizes, itemsize: int) -> float:
+    """Rewards (float32 always) and two int64 ids read, the advantages written."""
+    return float(s["B"] * (4 * s["M"] + 2 * 8 + 4))
+
+
+def _shapes(batches: tuple[int, ...], n: int = 4) -> tuple[Shape, ...]:
+    return tuple(
+        Shape(f"B={b} M={m} K=4", {"B": b, "M": m, "K": 4, "n": n}, b)
+        for b in batches
+        for m in (3, 8)
+    )
+
+
+OPS = (
+    Op(
+        name="guideline_advantages",
+        title="guideline-relative advantages",
+        inputs=_inputs,
+        reference=_reference,
+        bounds={"advantages": Bound("absolute", 1e-4)},
+        # a sum over M rewards, two sums and two sums of squares, the two terms
+        flops=lambda s: float(s["B"] * (s["M"] + 16)),
+        bytes=_bytes,
+        shapes={
+            "tiny": _shapes((64, 256)),
+            "qwen2_5_vl_7b": _shapes((512, 64, 4096)),
+            "qwen2_vl_2b": _shapes((512, 64, 4096)),
+        },
+        providers=(
+            Provider("ours", _ours, OURS),
+            plain_torch(_ours, "guideline_advantages"),
+            Provider("copy", _copy, FLOOR, note="one launch that reads the rewards"),
+            Provider("eager torch", _eager, note="full groups in order only"),
+            Provider(
+                "torch.compile", _compiled, cuda=True, note="full groups in order only", last=True
+            ),
+            Provider(
+                "TRL formula", _trl, needs=("trl",), limits=None,
+                note="GRPO: no guideline term, full groups in order only",
+            ),
+        ),
+        dispatch="guideline_advantages",
+        axis="rollouts",
+    ),
+)  # fmt: skip
