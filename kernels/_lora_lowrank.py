@@ -18,16 +18,6 @@ def _rank_of(s: Tensor, rows: int, columns: int) -> int:
     return int((s > s[0] * max(rows, columns) * torch.finfo(s.dtype).eps).sum())
 
 
-def delta_spaces(factors: LoraFactors) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases [out, k] and [in, k] (f64) of the delta's column and row space, k its
-    rank."""
-    qb, rb = torch.linalg.qr(factors.B.double())
-    qa, ra = torch.linalg.qr(factors.A.double().t())
-    u, s, vh = torch.linalg.svd(rb @ ra.t())
-    k = _rank_of(s, *factors.shape) if factors.scale != 0 else 0
-    return qb @ u[:, :k], qa @ vh[:k].t()
-
-
 def truncated(
     left: Tensor, core: Tensor, right: Tensor, rank: int, dtype: torch.dtype
 ) -> tuple[LoraFactors, float]:

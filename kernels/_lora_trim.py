@@ -1,7 +1,7 @@
-"""Which elements of a delta stay: the exact k-th magnitude, and random dropping that does not
-depend on tiling.
+"""Which elements of a delta stay, in plain torch: the exact k-th magnitude, and random dropping that does
+not depend on tiling.
 
-Both work on row tiles of ``B @ A`` that are made, looked at and thrown away.
+Both work on blocks of ``B @ A`` that are made, looked at and thrown away.
 """
 
 from __future__ import annotations
@@ -12,107 +12,141 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ._lora_search import Search
 from ._lora_types import Experts, LoraFactors, MergeSpec
 
-# Elements of all experts' tiles together.
-TILE = 1 << 19
 _MASK = 0xFFFFFFFF
-# |x| as float32 bits is an integer below 2^31 that orders like |x|: 16 high bits, then 15 low bits.
-_HIGH, _LOW = 1 << 16, 1 << 15
+COLUMNS = 256
+BINS = 1 << 12
+# The sample that places a search's first interval: blocks of SIDE x SIDE elements at random rows and
+# columns. Smaller deltas are searched without one.
+SAMPLE, SIDE, SAMPLED_FROM = 1 << 16, 16, 1 << 20
 
 
-def row_tiles(out: int, width: int, tile: int | None) -> Iterator[slice]:
-    """Row ranges of at most ``tile`` elements (default TILE), one row at least."""
-    step = max(1, (TILE if tile is None else tile) // max(width, 1))
-    for start in range(0, out, step):
-        yield slice(start, min(start + step, out))
+def default_tile(elements: int, experts: int) -> int:
+    """Elements of a block, so that a merge's workspace stays within 5 % of the bytes of a 16-bit matrix of
+    ``elements`` (from some ten million on; below that a block has the least size that is not slow)."""
+    workspace = elements // 12  # bytes; 5 % would be elements / 10
+    return min(max(workspace // (14 * experts + 32), 1 << 13), 1 << 17)
 
 
-def _histogram(
-    units: Sequence[LoraFactors], spec: MergeSpec, tile: int | None, prefix: int | None
-) -> Tensor:
-    """Counts of the high bits of |delta|, or of the low bits of those whose high bits are
-    ``prefix``."""
-    bins = _HIGH if prefix is None else _LOW
-    counts = torch.zeros(bins, dtype=torch.int64)
+def blocks(
+    experts: Experts, tile: int | None
+) -> Iterator[tuple[slice, slice, list[Tensor | None]]]:
+    """Rows, columns, and the experts' A of these columns in f64, for blocks of ``tile`` elements (one row
+    of COLUMNS at least). The blocks of a linear depend on ``tile`` and its shape only."""
+    out, width = next(f.shape for f in experts if f is not None)
+    columns = min(width, COLUMNS)
+    if tile is None:
+        tile = default_tile(out * width, len(experts))
+    height = max(1, tile // columns)
+    for left in range(0, width, columns):
+        of = slice(left, min(left + columns, width))
+        right = [None if f is None else f.A.detach()[:, of].double() for f in experts]
+        for top in range(0, out, height):
+            yield slice(top, min(top + height, out)), of, right
+
+
+def delta_block(factors: LoraFactors, rows: slice, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, m] f32: ``LoraFactors.delta`` of the rows and of ``right``'s columns."""
+    product = factors.B.detach()[rows].double() @ right
+    return product.mul_(factors.scale).to(dtype).float()
+
+
+def _sample(units: Sequence[LoraFactors], spec: MergeSpec) -> Tensor:
+    """Magnitudes at random places of the units' deltas, in proportion to their sizes."""
+    total = sum(f.shape[0] * f.shape[1] for f in units)
+    found = []
     for factors in units:
         out, width = factors.shape
-        for rows in row_tiles(out, width, tile):
-            delta = factors.delta(rows, spec.delta_dtype).float()
-            bits = delta.abs().view(torch.int32).flatten()
-            high = bits >> 15
-            key = high if prefix is None else (bits & (_LOW - 1))[high == prefix]
-            counts += torch.bincount(key, minlength=bins).cpu()
-    return counts
+        left = -(-SAMPLE * (out * width) // (SIDE * SIDE * total))
+        draw = torch.Generator().manual_seed(out * width + left)
+        while left > 0:
+            n = min(left, 32)
+            rows = torch.randint(out, (n, SIDE), generator=draw).to(factors.B.device)
+            columns = torch.randint(width, (n, SIDE), generator=draw).to(factors.A.device)
+            b = factors.B.detach()[rows].double()
+            a = factors.A.detach().t()[columns].double()
+            delta = torch.bmm(b, a.transpose(1, 2)).mul_(factors.scale)
+            found.append(delta.to(spec.delta_dtype).float().abs_().flatten())
+            left -= n
+    return torch.cat(found)
 
 
-def _bin_of(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest, and its place within the bin (from 1)."""
-    above = counts.flip(0).cumsum(0)
-    at = int(torch.searchsorted(above, k))
-    place = k - (int(above[at - 1]) if at else 0)
-    return len(counts) - 1 - at, place
+def _count(magnitudes: Tensor, low: int, shift: int) -> Tensor:
+    """[BINS + 2] elements below the interval, in its bins, above it. Overwrites ``magnitudes``."""
+    key = magnitudes.view(torch.int32).sub_(low)
+    key.bitwise_right_shift_(shift).clamp_(-1, BINS).add_(1)
+    return torch.bincount(key.flatten(), minlength=BINS + 2)
 
 
 def kth_magnitude(
     units: Sequence[LoraFactors], k: int, spec: MergeSpec, tile: int | None
 ) -> tuple[float, int]:
-    """The k-th largest |delta| over all the units' elements, and how many elements equal it beyond
-    the k-th.
-
-    Exact: two passes of counting over bit patterns. k = 0 gives infinity.
-    """
-    if k == 0:
-        return torch.inf, 0
-    high, place = _bin_of(_histogram(units, spec, tile, None), k)
-    counts = _histogram(units, spec, tile, high)
-    low, place = _bin_of(counts, place)
-    bits = torch.tensor((high << 15) | low, dtype=torch.int32)
-    value = float(bits.view(torch.float32))
-    # every zero "equals" a zero threshold, but keeping it changes nothing
-    return value, int(counts[low]) - place if value > 0 else 0
-
-
-def tensor_thresholds(
-    experts: Experts, spec: MergeSpec, tile: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """([E] f64 threshold, [E] f64 tied) of one linear; threshold NaN where nothing is trimmed."""
-    threshold = torch.full((len(experts),), torch.nan, dtype=torch.float64)
-    tied = torch.zeros_like(threshold)
-    if spec.trims:
-        for e, factors in enumerate(experts):
-            if factors is not None:
-                out, width = factors.shape
-                k = int(spec.density * (out * width))
-                threshold[e], tied[e] = kth_magnitude([factors], k, spec, tile)
-    return threshold, tied
+    """The k-th largest |delta| over all the units' elements, and how many elements equal it beyond the
+    k-th. Exact (see ``_lora_search``). k = 0 gives infinity."""
+    search = Search(torch.tensor([k]), BINS)
+    elements = sum(f.shape[0] * f.shape[1] for f in units)
+    if elements >= SAMPLED_FROM and not search.found.all():
+        sample = _sample(units, spec)
+        for _ in range(2):
+            seen = _count(sample.clone(), int(search.low), int(search.shift)).cpu()
+            search.aim(seen[None, 1:-1], seen[-1:], len(sample), torch.tensor([elements]))
+        del sample
+    while not search.found.all():
+        low, shift = int(search.low), int(search.shift)
+        counts = torch.zeros(BINS + 2, dtype=torch.int64)
+        for factors in units:
+            for rows, _, (right,) in blocks([factors], tile):
+                assert right is not None
+                delta = delta_block(factors, rows, right, spec.delta_dtype)
+                counts += _count(delta.abs_(), low, shift).cpu()
+        search.narrow(counts[None, 1:-1], counts[-1:])
+    return float(search.threshold), int(search.tied)
 
 
-def global_thresholds(
+def thresholds(
     linears: Sequence[Experts], spec: MergeSpec, tile: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same with one threshold per expert over all of its linears."""
+    """([E] f64 threshold, [E] f64 tied), one per expert over all of its linears; threshold NaN where
+    nothing is trimmed."""
     experts = len(linears[0]) if linears else 0
     threshold = torch.full((experts,), torch.nan, dtype=torch.float64)
     tied = torch.zeros_like(threshold)
-    if spec.trims:
-        for e in range(experts):
-            units = [unit for linear in linears if (unit := linear[e]) is not None]
-            if units:
-                size = sum(f.shape[0] * f.shape[1] for f in units)
-                k = int(spec.density * size)
-                threshold[e], tied[e] = kth_magnitude(units, k, spec, tile)
+    for e in range(experts if spec.trims else 0):
+        units = [unit for linear in linears if (unit := linear[e]) is not None]
+        if units:
+            k = int(spec.density * sum(f.shape[0] * f.shape[1] for f in units))
+            threshold[e], tied[e] = kth_magnitude(units, k, spec, tile)
     return threshold, tied
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A 32-bit finaliser (two rounds of xor-shift and multiply) on int64 tensors that hold 32-bit
-    values."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    """A 32-bit finaliser (two rounds of xor-shift and multiply), in place on int64 that holds 32 bits."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x ^= x >> shift
+        x *= factor
+        x &= _MASK
+    x ^= x >> 16
+    return x
+
+
+def stream_key(seed: int, layer: str, stream: int | str) -> tuple[int, int]:
+    """Two 32-bit keys of a linear's random stream: an expert's number, or the name of another use."""
+    digest = hashlib.blake2b(f"{seed}\0{layer}\0{stream}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def random_bits(
+    rows: slice, columns: slice, width: int, keys: tuple[int, int], device: torch.device
+) -> Tensor:
+    """[n, m] int64 draws of 32 bits: a function of the keys and the element's place in its matrix."""
+    row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int64)
+    index = row[:, None] * width + torch.arange(columns.start, columns.stop, device=device)
+    high = index >> 32
+    draw = index.bitwise_and_(_MASK).bitwise_xor_(keys[0])
+    draw = _mix(draw).add_(high.mul_(0x9E3779B9).add_(keys[1])).bitwise_and_(_MASK)
+    return _mix(draw)
 
 
 def random_keep(
@@ -123,35 +157,22 @@ def random_keep(
     layer: str,
     expert: int,
     device: torch.device,
+    columns: slice | None = None,
 ) -> Tensor:
-    """[n, width] bool, True with probability ``density``: a function of seed, layer, expert and
-    element only."""
-    digest = hashlib.blake2b(f"{seed}\0{layer}\0{expert}".encode(), digest_size=8).digest()
-    key, offset = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-    row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int64)
-    index = row[:, None] * width + torch.arange(width, device=device, dtype=torch.int64)
-    draw = _mix((index & _MASK) ^ key)
-    draw = _mix((draw + offset + (index >> 32) * 0x9E3779B9) & _MASK)
-    return draw < int(density * (1 << 32))
+    """[n, m] bool, True with probability ``density``: a function of seed, layer, expert and element
+    only."""
+    columns = slice(0, width) if columns is None else columns
+    keys = stream_key(seed, layer, expert)
+    return random_bits(rows, columns, width, keys, device) < int(density * (1 << 32))
 
 
-def trimmed_tile(
-    experts: Experts, rows: slice, width: int, spec: MergeSpec, threshold: Tensor, layer: str
-) -> tuple[Tensor, Tensor]:
-    """[E, n, in] f32 deltas of the rows after trimming or dropping, and [E] f64 energies before;
-    zeros for None."""
-    device = next(f.A.device for f in experts if f is not None)
-    stack = torch.zeros((len(experts), rows.stop - rows.start, width), device=device)
-    energy = torch.zeros(len(experts), dtype=torch.float64)
-    for e, factors in enumerate(experts):
-        if factors is None:
-            continue
-        delta = factors.delta(rows, spec.delta_dtype).float()
-        energy[e] = delta.double().square().sum().cpu()
-        if spec.trims:
-            delta = delta * (delta.abs() >= float(threshold[e]))
-        elif spec.method.startswith("dare") and spec.density < 1:
-            keep = random_keep(rows, width, spec.density, spec.seed, layer, e, device)
-            delta = delta * keep / spec.density
-        stack[e] = delta
-    return stack, energy
+def round_stochastic(x: Tensor, dtype: torch.dtype, draw: Tensor) -> Tensor:
+    """x (f32) to one of its two neighbours in a 16-bit dtype, each with the probability that makes the
+    mean x; ``draw`` are 32 random bits per element."""
+    near = x.to(dtype)
+    error = x - near.float()
+    step = torch.where((error > 0) == (x > 0), 1, -1).to(torch.int16)
+    other = (near.view(torch.int16) + step).view(dtype)
+    gap = (other.float() - near.float()).abs_()
+    chance = (draw >> 8).float().mul_(2.0**-24)
+    return torch.where(chance.mul_(gap) < error.abs_(), other, near)

@@ -15,6 +15,8 @@ SCOPES = ("tensor", "global")
 ELECTIONS = ("total", "weighted", "frequency")
 DIVISORS = ("count", "weight")
 DELTA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DARE_MODES = ("sample", "expectation")
+ROUNDINGS = ("nearest", "stochastic")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,24 @@ Experts = Sequence[LoraFactors | None]
 
 
 @dataclass(frozen=True)
+class Linear:
+    """One linear of a model as the merge ops take it; without a base its conflicts are counted only."""
+
+    name: str
+    base: Tensor | None  # [out, in], written in place
+    experts: Experts
+
+    @property
+    def touched(self) -> bool:
+        return any(f is not None for f in self.experts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the experts' deltas."""
+        return next(f.shape for f in self.experts if f is not None)
+
+
+@dataclass(frozen=True)
 class MergeSpec:
     """How deltas become one delta. With trim_scope tensor, divisor count and election total or
     frequency, ties is ``peft.utils.merge_utils.ties`` on the deltas, element for element.
@@ -99,10 +119,17 @@ class MergeSpec:
     weights: tuple[float, ...] | None = None
     """One per expert, default ones."""
     seed: int = 0
-    """Of the random dropping; with layer, expert and element it fixes every draw, whatever the
-    tiling."""
+    """Of the random dropping and rounding; with layer, expert and element it fixes every draw,
+    whatever the tiling."""
     delta_dtype: torch.dtype = torch.float32
     """Deltas are rounded to this before anything else."""
+    dare_mode: str = "sample"
+    """sample: drop at random. expectation: what dare_linear is on average over the draws, exactly:
+    the weighted sum. The average of dare_ties has no such form."""
+    rounding: str = "nearest"
+    """Of the sum of base and update to the base's dtype. stochastic: a 16-bit base takes either
+    neighbour with the probability that makes the sum right on average, so that small updates are
+    not lost; wider bases round to nearest."""
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -111,6 +138,8 @@ class MergeSpec:
             ("election", ELECTIONS),
             ("divisor", DIVISORS),
             ("delta_dtype", DELTA_DTYPES),
+            ("dare_mode", DARE_MODES),
+            ("rounding", ROUNDINGS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {known}")
@@ -118,6 +147,8 @@ class MergeSpec:
             raise ValueError(f"density must lie in 0..1, got {self.density}")
         if self.method.startswith("dare") and self.density == 0:
             raise ValueError("dare divides by density: it must be above 0")
+        if self.method == "dare_ties" and self.dare_mode == "expectation":
+            raise ValueError("dare_mode='expectation' is exact for dare_linear only, not dare_ties")
         if not all(math.isfinite(x) for x in (self.lam, *(self.weights or ()))):
             raise ValueError(f"lam and weights must be finite, got {self.lam} and {self.weights}")
 
@@ -125,6 +156,16 @@ class MergeSpec:
     def trims(self) -> bool:
         """Keeps the largest elements only."""
         return self.method == "ties" and self.density < 1
+
+    @property
+    def drops(self) -> bool:
+        """Drops elements at random."""
+        return self.method.startswith("dare") and self.density < 1 and self.dare_mode == "sample"
+
+    @property
+    def elects(self) -> bool:
+        """Elects a sign and averages those who agree."""
+        return self.method in ("ties", "dare_ties")
 
     def expert_weights(self, experts: int) -> tuple[float, ...]:
         if self.weights is None:

@@ -5,9 +5,12 @@ import importlib.util
 import json
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmedx_fast.kernels import _lora_trim
 from mmedx_fast.kernels.lora_merge import (
@@ -426,3 +429,56 @@ def test_bad_factors_are_named() -> None:
         lora_conflicts(odd, MergeSpec(), layer="q")
     with pytest.raises(ValueError, match="2 weights for 5 experts"):
         lora_conflicts(factors(), MergeSpec(weights=(1.0, 2.0)))
+
+
+class PeakMemory(TorchDispatchMode):
+    """``peak``: the most bytes alive at once in storages first seen inside the context, beside the
+    ones given."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = {t.untyped_storage()._cdata for t in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage())
+        return made
+
+    def _follow(self, storage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+def test_memory_stays_within_five_percent_of_the_matrix(method: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    out, width, rank = 4096, 3584, 16
+    base = torch.zeros(out, width, dtype=torch.bfloat16)
+    experts = [
+        LoraFactors(
+            torch.randn(rank, width, generator=g).bfloat16(),
+            torch.randn(out, rank, generator=g).bfloat16(),
+        )
+        for _ in range(5)
+    ]
+    known = [t for f in experts for t in (f.A, f.B)]
+    with PeakMemory(base, *known) as memory:
+        report = lora_merge_(
+            base, experts, MergeSpec(method=method, density=0.3, rounding="stochastic")
+        )
+    assert 0 < memory.peak <= 0.05 * base.numel() * base.element_size()
+    if method == "ties":
+        assert (report.kept - report.tied).tolist() == [int(0.3 * out * width)] * 5
