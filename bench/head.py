@@ -166,7 +166,8 @@ def gemm_floor(x: HeadInputs, passes: int) -> Callable[[], Outputs]:
     """The GEMMs alone at our tile shapes: logits (1), and the gradient of hidden from them (2)."""
     from mmedx_fast.kernels import _logits
 
-    rows = list(_logits.spans(len(x.hidden), x.vocab, x.hidden.device, None))
+    n, width = x.hidden.shape
+    rows = list(_logits.spans(n, x.vocab, width, x.hidden.device, None))
     tallest = max(r.stop - r.start for r in rows)
     hidden = x.hidden.detach()
     tile = hidden.new_empty((tallest, x.vocab))

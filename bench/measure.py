@@ -174,7 +174,7 @@ def _result(entry: _Entry, flops: float, floor: float | None) -> dict[str, Any]:
             "p80_ms": times.p80,
             "calls": times.calls,
             "peak_bytes": entry.peak,
-            "tflops": flops / times.median / 1e9,
+            "tflops": flops / times.median / 1e9 if provider.computes else None,
             "ratio_to_floor": None if floor is None else times.median / floor,
         }
     return result

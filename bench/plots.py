@@ -66,13 +66,26 @@ def _points(data: dict[str, Any], key: str) -> dict[str, list[tuple[float, float
 
 
 def _lines(axes: Any, data: dict[str, Any], styles: Any, key: str, scale: float, unit: str) -> None:
+    sizes = [row["tokens"] for row in data["rows"]]
+    # several shapes of one size (other ranks, more rewards) are no curve
+    joined = {} if len(set(sizes)) == len(sizes) else {"linestyle": "none"}
     for name, points in _points(data, key).items():
         x, y = zip(*points, strict=True)
-        axes.plot(x, [scale * v for v in y], label=name, **styles[name])
-    axes.set_xscale("log", base=2)
+        axes.plot(x, [scale * v for v in y], label=name, **(styles[name] | joined))
+    axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.set_xticks(sorted(set(sizes)), [_short(n) for n in sorted(set(sizes))], fontsize=8)
     axes.set_xlabel(data["axis"])
     axes.set_ylabel(unit)
+
+
+def _short(count: float) -> str:
+    """1536 -> 1,536; 67895296 -> 67.9M."""
+    for size, suffix in ((1e9, "G"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.3g}{suffix}"
+    return f"{count:,.0f}"
 
 
 def _roofline(axes: Any, data: dict[str, Any], styles: Any) -> None:
@@ -81,7 +94,7 @@ def _roofline(axes: Any, data: dict[str, Any], styles: Any) -> None:
     for row in data["rows"]:
         intensity = row["flops"] / row["bytes"]
         for p in row["providers"]:
-            if "median_ms" in p:
+            if p.get("tflops"):
                 style = {k: styles[p["name"]][k] for k in ("color", "marker")}
                 axes.plot(intensity, p["tflops"], linestyle="none", **style)
                 found.append(intensity)
@@ -89,8 +102,8 @@ def _roofline(axes: Any, data: dict[str, Any], styles: Any) -> None:
     ends = sorted([min([*found, ridge]) / 4, ridge, max([*found, ridge]) * 4])
     axes.plot(ends, [min(peak, x * speed / 1e3) for x in ends], color="0.3", linewidth=1)
     axes.annotate(
-        f"measured: {peak:.3g} TFLOP/s, {speed:.4g} GB/s", (0.03, 0.96), xycoords="axes fraction",
-        fontsize=8, va="top",
+        f"measured: {peak:.3g} TFLOP/s, {speed:.4g} GB/s", (0.97, 0.03), xycoords="axes fraction",
+        fontsize=8, ha="right",
     )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -77,6 +77,8 @@ class Provider:
     memory: Callable[[Sizes, int], float] = lambda sizes, itemsize: 0.0
     """Rough bytes beyond the inputs from sizes and bytes per element; it is left out where they are not free."""
     note: str = ""
+    computes: bool = True
+    """It does the op's arithmetic, so that FLOP/s mean something (a copy does not)."""
     last: bool = False
     """Tried after the other peers, because its first call takes long."""
 

@@ -20,7 +20,7 @@ from bench.registry import Op, installed
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    *("mmedx-fast", "torch", "triton", "triton-windows", "numpy", "transformers", "peft", "trl"),
+    *("mmedx-fast", "torch", "triton", "numpy", "transformers", "peft", "trl"),
     *("liger-kernel", "cut-cross-entropy", "verl", "deepspeed", "nvidia-cutlass-dsl"),
 )
 
@@ -158,13 +158,16 @@ def _table(row: dict[str, Any]) -> list[str]:
         if "median_ms" not in p:
             lines.append(f"| {name} | {p['status']} | | | | | {errors} | {p['note']} |")
             continue
-        ratio = p["ratio_to_floor"]
         lines.append(
             f"| {name} | {p['median_ms']:.4g} | {p['p20_ms']:.4g} - {p['p80_ms']:.4g} | "
-            f"{'' if ratio is None else f'{ratio:.2f}'} | {p['tflops']:.3g} | "
+            f"{number(p['ratio_to_floor'], '.2f')} | {number(p['tflops'], '.3g')} | "
             f"{p['peak_bytes'] / 2**20:.3g} | {errors} | {p['note']} |"
         )
     return lines
+
+
+def number(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)
 
 
 def worst(errors: dict[str, float]) -> dict[str, float]:

@@ -161,15 +161,16 @@ def _picture(data: dict[str, Any], path: Path, skip: bool) -> None:
 
 
 def _summary(unit: _Unit, row: dict[str, Any]) -> Iterator[str]:
+    from bench.results import number
+
     yield f"{unit.op.name}  {row['shape']}  {row['dtype']}"
     for p in row["providers"]:
         if "median_ms" not in p:
             yield f"    {p['name']:<28} {p['status']}"
             continue
-        ratio = p["ratio_to_floor"]
         yield (
             f"    {p['name']:<28} {p['median_ms']:>10.4g} ms  "
-            f"{'' if ratio is None else f'{ratio:7.2f}x floor'}  {p['peak_bytes'] / 2**20:9.3g} MiB"
+            f"{number(p['ratio_to_floor'], '8.2f')}x floor  {p['peak_bytes'] / 2**20:9.3g} MiB"
         )
 
 

@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; ``key=value`` may stand on either side of an option, which argparse alone does not take."""
     parser = _parser()
+    if arguments[:1] == ["bench"]:  # all that follows belongs to bench/run.py
+        options = parser.parse_args(arguments[:1])
+        options.rest = list(arguments[1:])
+        return options
     options, rest = parser.parse_known_args(arguments)
     unknown = [item for item in rest if item.startswith("-") or "=" not in item]
     if unknown or (rest and not hasattr(options, "overrides")):
@@ -85,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("dsa", "eval"):
             what = "specialty" if name == "dsa" else "model"
             sub.add_argument("--only", action="append", metavar=what.upper(), help=f"one {what}")
+
+    sub = add("doctor", _doctor, "What this machine has, and which path each op takes on it")
+    sub.add_argument("config", nargs="?", help="also what this config would use")
+    sub.add_argument("overrides", nargs="*", metavar="key=value")
+    add("bench", _bench, "Measure the ops against their peers (in a checkout; bench --help)")
 
     sub = add("phantom", _phantom, "Write the synthetic phantom-clinic data set to a folder")
     sub.add_argument("folder")
@@ -216,6 +225,23 @@ def _plan(options: argparse.Namespace) -> int:
 
     print(plan_text(plan(_config(options))))
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    cfg = _config(options) if options.config else None
+    from mmedx_fast._env import prepare_environment
+
+    prepare_environment(offline=True)
+    from mmedx_fast.doctor import doctor
+
+    print(doctor(cfg))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from mmedx_fast.doctor import run_bench
+
+    return run_bench(options.rest)
 
 
 def _phantom(options: argparse.Namespace) -> int:

@@ -158,7 +158,7 @@ OPS = (
         providers=(
             Provider("ours", _ours, OURS),
             plain_torch(_ours, "guideline_advantages"),
-            Provider("copy", _copy, FLOOR, note="one launch that reads the rewards"),
+            Provider("copy", _copy, FLOOR, note="one launch that reads the rewards", computes=False),
             Provider("eager torch", _eager, note="full groups in order only"),
             Provider(
                 "torch.compile", _compiled, cuda=True, note="full groups in order only", last=True

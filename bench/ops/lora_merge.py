@@ -121,7 +121,7 @@ OPS = (
         providers=(
             Provider("ours", _ours, OURS),
             plain_torch(_ours, "lora_merge"),
-            Provider("copy", _copy, FLOOR, note="every weight read and written once"),
+            Provider("copy", _copy, FLOOR, note="every weight read and written once", computes=False),
             Provider(
                 "materialised TIES",
                 partial(_peft_deltas, dtype=torch.float32),

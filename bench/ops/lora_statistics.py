@@ -125,8 +125,8 @@ def _factor_bytes(s: Sizes, itemsize: int) -> float:
 
 
 def _gram_flops(s: Sizes) -> float:
-    """One (E r) x (E r) Gram matrix of the stacked factors on either side."""
-    return 2.0 * (s["E"] * s["r"]) ** 2 * (s["out"] + s["in"])
+    """The r x r blocks of the Gram matrices on either side, one for each pair and each expert itself."""
+    return s["E"] * (s["E"] + 1.0) * s["r"] ** 2 * (s["out"] + s["in"])
 
 
 def _delta_bytes(s: Sizes, itemsize: int, copies: float) -> float:
@@ -174,7 +174,7 @@ OPS = (
         shapes=SINGLE,
         providers=(
             Provider("ours", _interference, OURS),
-            Provider("copy", _copy_factors, FLOOR, note="every factor read and written once"),
+            Provider("copy", _copy_factors, FLOOR, note="every factor read and written once", computes=False),
             Provider(
                 "materialised", _materialised_dot, limits={"dot": 1e-3},
                 memory=partial(_delta_bytes, copies=2.0), note="whole deltas; inner products only",
