@@ -12,12 +12,15 @@ apply".
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._dispatch import register_torch, resolve
+from . import _advantage_torch  # noqa: F401
+from ._dispatch import register_triton, resolve
 
 COMBINE = ("sum_then_normalize", "normalize_then_sum")
 SCALE = ("guideline", "group", "batch", "none")
@@ -25,29 +28,121 @@ BASELINE = ("mean", "leave_one_out")
 
 
 @dataclass(frozen=True)
-class AdvantageStats:
-    """What the advantages were made from. P questions, Q (question, guideline) pairs that occur, M
-    rewards.
+class AdvantageTables:
+    """The statistics once per question and once per (question, guideline) pair that occurs: P and Q rows,
+    ascending by id."""
 
-    A mean over nothing is NaN; a standard deviation of ``ddof`` values or fewer is 0.
-    """
-
-    question: Tensor  # [P] int64, the distinct values of ``group``, ascending
-    mu_p: Tensor  # [P] f32, mean combined reward of the question's valid rollouts
+    question: Tensor  # [P] int64 question ids
+    mu_p: Tensor  # [P] f32
     sd_p: Tensor  # [P] f32
-    count_p: Tensor  # [P] int64, valid rollouts
-    zero_variance: (
-        Tensor  # [P] bool, all valid rollouts got the same reward (or there is none): no signal
-    )
+    count_p: Tensor  # [P] int64
+    zero_variance: Tensor  # [P] bool
     pk_question: Tensor  # [Q] int64, index into ``question``
-    pk_guideline: Tensor  # [Q] int64, guideline id
+    pk_guideline: Tensor  # [Q] int64 guideline ids
     mu_pk: Tensor  # [Q] f32
     sd_pk: Tensor  # [Q] f32
     count_pk: Tensor  # [Q] int64
-    reward: Tensor  # [B] f32, combined reward R_i, NaN where the rollout is not valid
-    reward_mean: Tensor  # [M] f32, mean of each reward over the rollouts it applies to
-    valid: Tensor  # [B] bool, at least one reward applies
     question_index: Tensor  # [B] int64, each rollout's index into ``question``
+
+
+@dataclass(frozen=True)
+class AdvantageStats:
+    """What the advantages were made from, told to every rollout about its own question and guideline.
+
+    No shape depends on the values, so nothing waits for the device. Statistics are over valid
+    rollouts. The three packed tensors are the op's own; a property is a view of one of their rows.
+    """
+
+    group: Tensor  # [B] the question ids given
+    guideline: Tensor  # [B] the guideline ids given
+    reward_mean: Tensor  # [M] f32, mean of each reward over the rollouts it applies to
+    floats: Tensor  # [6, B] f32: advantage, reward, mu_p, sd_p, mu_pk, sd_pk
+    counts: Tensor  # [2, B] int64: count_p, count_pk
+    flags: Tensor  # [4, B] bool: valid, zero_variance, first_p, first_pk
+
+    @property
+    def mu_p(self) -> Tensor:
+        """[B] f32, mean combined reward of the rollout's question, NaN where nothing is valid."""
+        return self.floats[2]
+
+    @property
+    def sd_p(self) -> Tensor:
+        """[B] f32, its standard deviation, 0 for ``ddof`` values or fewer."""
+        return self.floats[3]
+
+    @property
+    def count_p(self) -> Tensor:
+        """[B] int64, valid rollouts of the question."""
+        return self.counts[0]
+
+    @property
+    def zero_variance(self) -> Tensor:
+        """[B] bool, all of them got the same reward, or there is none: no signal."""
+        return self.flags[1]
+
+    @property
+    def first_p(self) -> Tensor:
+        """[B] bool, this rollout is the first of its question in the batch."""
+        return self.flags[2]
+
+    @property
+    def mu_pk(self) -> Tensor:
+        """[B] f32, mean combined reward of the rollout's guideline within its question."""
+        return self.floats[4]
+
+    @property
+    def sd_pk(self) -> Tensor:
+        """[B] f32, its standard deviation."""
+        return self.floats[5]
+
+    @property
+    def count_pk(self) -> Tensor:
+        """[B] int64, valid rollouts of the guideline within the question."""
+        return self.counts[1]
+
+    @property
+    def first_pk(self) -> Tensor:
+        """[B] bool, this rollout is the first of its question and guideline."""
+        return self.flags[3]
+
+    @property
+    def reward(self) -> Tensor:
+        """[B] f32, combined reward R_i, NaN where the rollout is not valid."""
+        return self.floats[1]
+
+    @property
+    def valid(self) -> Tensor:
+        """[B] bool, at least one reward applies."""
+        return self.flags[0]
+
+    def question_mean(self, x: Tensor) -> Tensor:
+        """Mean over the questions of a per-question statistic x [B], e.g. ``sd_p`` or ``zero_variance``.
+
+        Returns a float32 scalar on the tensors' device, NaN for no question; does not wait for it.
+        """
+        return torch.where(self.first_p, x.float(), 0.0).sum() / self.first_p.sum()
+
+    def tables(self) -> AdvantageTables:
+        """Compact tables. Their lengths depend on the ids, so this waits for the device."""
+        question, question_index = torch.unique(self.group.long(), return_inverse=True)
+        first_p = self.first_p.nonzero().squeeze(1)
+        first_p = first_p[torch.argsort(question_index[first_p])]
+        first_pk = self.first_pk.nonzero().squeeze(1)
+        first_pk = first_pk[torch.argsort(self.guideline[first_pk], stable=True)]
+        first_pk = first_pk[torch.argsort(question_index[first_pk], stable=True)]
+        return AdvantageTables(
+            question=question,
+            mu_p=self.mu_p[first_p],
+            sd_p=self.sd_p[first_p],
+            count_p=self.count_p[first_p],
+            zero_variance=self.zero_variance[first_p],
+            pk_question=question_index[first_pk],
+            pk_guideline=self.guideline[first_pk].long(),
+            mu_pk=self.mu_pk[first_pk],
+            sd_pk=self.sd_pk[first_pk],
+            count_pk=self.count_pk[first_pk],
+            question_index=question_index,
+        )
 
 
 def guideline_advantages(
@@ -89,29 +184,35 @@ def guideline_advantages(
 
     Returns:
         advantages [B] float32 and :class:`AdvantageStats`. Statistics are accumulated in float64.
-        Nothing here is differentiable. On CPU an infinite reward is refused; on CUDA values are not
-        inspected.
+        Nothing here is differentiable.
+
+    On CUDA this is one launch of a Triton kernel, two for ``normalize_then_sum`` with
+    ``scale='batch'``; deterministic, without a host synchronisation, fit for a CUDA graph and for
+    ``torch.compile(fullgraph=True)``. There the values are not inspected: an infinite reward makes
+    its question NaN (with ``scale='batch'`` the batch), a guideline id without a weight its
+    rollout's advantage. On CPU, outside a compiled graph, both are refused.
 
     Raises:
-        ValueError: wrong shape, dtype or option, or an infinite reward.
+        ValueError: wrong shape, dtype, device or option; on CPU an infinite reward or a guideline
+            id without a weight.
     """
     _check_options(combine, scale, baseline, eps, ddof)
     _check_tensors(rewards, group, guideline, reward_weights, guideline_weights)
-    impl = resolve("guideline_advantages", rewards.device)
-    return impl(
-        rewards,
+    floats, counts, flags, reward_mean = torch.ops.mmedx_fast.guideline_advantages(
+        rewards.detach(),
         group,
         guideline,
-        reward_weights=reward_weights,
-        guideline_weights=guideline_weights,
-        combine=combine,
-        scale=scale,
-        within=within,
-        between=between,
-        baseline=baseline,
-        eps=eps,
-        ddof=ddof,
+        reward_weights,
+        guideline_weights,
+        combine,
+        scale,
+        within,
+        between,
+        baseline,
+        eps,
+        ddof,
     )
+    return floats[0], AdvantageStats(group, guideline, reward_mean, floats, counts, flags)
 
 
 def _check_options(combine: str, scale: str, baseline: str, eps: float, ddof: int) -> None:
@@ -148,10 +249,26 @@ def _check_tensors(
             f"reward_weights must have shape [{rewards.shape[1]}], one per reward, "
             f"got {tuple(reward_weights.shape)}"
         )
-    if guideline_weights is not None and guideline_weights.dim() != 1:
-        raise ValueError(f"guideline_weights must be [K], got {tuple(guideline_weights.shape)}")
-    if rewards.device.type != "cpu":
-        return  # looking at values would wait for the device
+    if guideline_weights is not None and (
+        guideline_weights.dim() != 1 or not len(guideline_weights)
+    ):
+        raise ValueError(
+            f"guideline_weights must be [K], K > 0, got {tuple(guideline_weights.shape)}"
+        )
+    for name, tensor in (
+        ("group", group),
+        ("guideline", guideline),
+        ("reward_weights", reward_weights),
+        ("guideline_weights", guideline_weights),
+    ):
+        if tensor is not None and tensor.device != rewards.device:
+            raise ValueError(f"{name} is on {tensor.device}, rewards on {rewards.device}")
+    # looking at values would wait for the device, or cut a graph
+    if rewards.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(rewards, guideline, guideline_weights)
+
+
+def _check_values(rewards: Tensor, guideline: Tensor, guideline_weights: Tensor | None) -> None:
     infinite = rewards.isinf().nonzero()
     if len(infinite):
         row, column = infinite[0].tolist()
@@ -168,137 +285,48 @@ def _check_tensors(
             )
 
 
-class _Segments:
-    """Sums and extremes over the rows of each segment, in an order that does not depend on the
-    device's scheduling."""
-
-    def __init__(self, index: Tensor, count: int) -> None:
-        self.index = index
-        self.order = torch.argsort(index, stable=True)
-        self.lengths = torch.bincount(index, minlength=count)
-
-    def _reduce(self, x: Tensor, how: str) -> Tensor:
-        return torch.segment_reduce(x[self.order], how, lengths=self.lengths, unsafe=True)
-
-    def total(self, x: Tensor) -> Tensor:
-        return self._reduce(x, "sum")
-
-    def spread(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        inf = torch.full_like(x, torch.inf)
-        return self._reduce(torch.where(valid, x, inf), "min"), self._reduce(
-            torch.where(valid, x, -inf), "max"
-        )
+# A torch.library op, so that torch.compile sees one node; it returns the packed tensors of AdvantageStats
+# and reward_mean. `custom_op` would do the same at three times the overhead a call.
+_library = torch.library.Library("mmedx_fast", "FRAGMENT")
+_library.define(
+    "guideline_advantages(Tensor rewards, Tensor group, Tensor guideline, Tensor? reward_weights, "
+    "Tensor? guideline_weights, str combine, str scale, float within, float between, str baseline, "
+    "float eps, int ddof) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
-@dataclass(frozen=True)
-class _Moments:
-    count: Tensor  # f64
-    mean: Tensor  # f64, NaN where count is 0
-    sd: Tensor  # f64, 0 where count <= ddof
+def _run(rewards: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return resolve("guideline_advantages", rewards.device)(rewards, *arguments)
 
 
-def _moments(x: Tensor, valid: Tensor, segments: _Segments, ddof: int) -> _Moments:
-    """Two-pass mean and standard deviation of the valid entries of each segment; x [B] or [B, M],
-    any value where not valid."""
-    x = torch.where(valid, x, 0.0)
-    count = segments.total(valid.to(x.dtype))
-    mean = segments.total(x) / count
-    centred = torch.where(valid, x - mean[segments.index], 0.0)
-    variance = segments.total(centred.square()) / (count - ddof).clamp(min=1)
-    return _Moments(count, mean, torch.where(count > ddof, variance, 0.0).sqrt())
-
-
-def _combine(
-    rewards: Tensor,
-    weights: Tensor | None,
-    questions: _Segments,
-    combine: str,
-    eps: float,
-    ddof: int,
-) -> Tensor:
-    """[B] f64 combined reward; 0 where nothing applies."""
-    applies = ~rewards.isnan()
-    if combine == "normalize_then_sum":
-        per_reward = _moments(rewards, applies, questions, ddof)
-        at = questions.index
-        rewards = (rewards - per_reward.mean[at]) / (per_reward.sd[at] + eps)
-    if weights is not None:
-        rewards = rewards * weights.to(rewards)
-    return torch.where(applies, rewards, 0.0).sum(1)
-
-
-def _centre(
-    reward: Tensor, q: _Moments, pk: _Moments, at_q: Tensor, at_pk: Tensor, baseline: str
-) -> tuple[Tensor, Tensor]:
-    """The two differences of the formula, [B] each, before scaling."""
-    mu_q, mu_pk = q.mean[at_q], pk.mean[at_pk]
-    if baseline == "leave_one_out":
-        n_q, n_pk = q.count[at_q], pk.count[at_pk]
-        # mean of the others = mean - (x - mean) / (n - 1); the only one of its kind stands for
-        # itself
-        mu_q = torch.where(n_q > 1, mu_q - (reward - mu_q) / (n_q - 1).clamp(min=1), reward)
-        mu_pk = torch.where(n_pk > 1, mu_pk - (reward - mu_pk) / (n_pk - 1).clamp(min=1), reward)
-    inner = torch.where(pk.count[at_pk] > 1, reward - mu_pk, 0.0)
-    return inner, mu_pk - mu_q
-
-
-@register_torch("guideline_advantages")
-def _guideline_advantages_torch(
-    rewards: Tensor,
-    group: Tensor,
-    guideline: Tensor,
-    *,
-    reward_weights: Tensor | None,
-    guideline_weights: Tensor | None,
-    combine: str,
-    scale: str,
-    within: float,
-    between: float,
-    baseline: str,
-    eps: float,
-    ddof: int,
-) -> tuple[Tensor, AdvantageStats]:
-    rewards = rewards.detach().double()
-    question, at_q = torch.unique(group.long(), return_inverse=True)
-    guideline_id, at_k = torch.unique(guideline.long(), return_inverse=True)
-    pair, at_pk = torch.unique(at_q * max(len(guideline_id), 1) + at_k, return_inverse=True)
-    questions, pairs = _Segments(at_q, len(question)), _Segments(at_pk, len(pair))
-
-    valid = ~rewards.isnan().all(1) if rewards.shape[1] else rewards.new_zeros(len(rewards)).bool()
-    reward = _combine(rewards, reward_weights, questions, combine, eps, ddof)
-    q = _moments(reward, valid, questions, ddof)
-    pk = _moments(reward, valid, pairs, ddof)
-    inner, outer = _centre(reward, q, pk, at_q, at_pk, baseline)
-    if scale == "guideline":
-        inner, outer = inner / (pk.sd[at_pk] + eps), outer / (q.sd[at_q] + eps)
-    elif scale == "group":
-        inner, outer = inner / (q.sd[at_q] + eps), outer / (q.sd[at_q] + eps)
-    elif scale == "batch":
-        whole = _moments(reward, valid, _Segments(torch.zeros_like(at_q), 1), ddof)
-        inner, outer = inner / (whole.sd + eps), outer / (whole.sd + eps)
-    low, high = questions.spread(reward, valid)
-    # float32 rewards that add up to the same number in another order are the same reward
-    flat = high - low <= 1e-8 + 1e-6 * torch.maximum(high.abs(), low.abs())
-    advantage = within * inner + between * outer
-    if guideline_weights is not None:
-        advantage = advantage * guideline_weights.to(advantage)[guideline.long()]
-    advantage = torch.where(valid, advantage, 0.0)
-
-    width = max(len(guideline_id), 1)
-    stats = AdvantageStats(
-        question=question,
-        mu_p=q.mean.float(),
-        sd_p=q.sd.float(),
-        count_p=q.count.long(),
-        zero_variance=flat | (q.count == 0),
-        pk_question=pair // width,
-        pk_guideline=guideline_id[pair % width],
-        mu_pk=pk.mean.float(),
-        sd_pk=pk.sd.float(),
-        count_pk=pk.count.long(),
-        reward=torch.where(valid, reward, torch.nan).float(),
-        reward_mean=rewards.nanmean(0).float(),
-        valid=valid,
-        question_index=at_q,
+def _shapes(rewards: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b, m = rewards.shape
+    return (
+        rewards.new_empty((6, b), dtype=torch.float32),
+        rewards.new_empty((2, b), dtype=torch.int64),
+        rewards.new_empty((4, b), dtype=torch.bool),
+        rewards.new_empty(m, dtype=torch.float32),
     )
-    return advantage.float(), stats
+
+
+_library.impl("guideline_advantages", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("mmedx_fast::guideline_advantages", _shapes, lib=_library)
+
+
+def _triton_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # an import hook may refuse it
+        return False
+
+
+def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Imported at the first use: a machine without a GPU does not wait for Triton."""
+    from ._advantage_triton import guideline_advantages_triton
+
+    return guideline_advantages_triton(*arguments)
+
+
+if _triton_is_installed():
+    register_triton("guideline_advantages")(_run_triton)

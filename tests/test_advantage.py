@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmedx_fast.kernels.advantage import guideline_advantages
+from mmedx_fast.kernels import _advantage_torch, _advantage_triton
+from mmedx_fast.kernels.advantage import BASELINE, COMBINE, SCALE, guideline_advantages
+
+IDS = (-(2**63), -7, -1, 0, 3, 900, 2**31, 2**53 + 1, 2**63 - 1)
+PER_QUESTION = ("mu_p", "sd_p", "count_p", "zero_variance")
+PER_PAIR = ("mu_pk", "sd_pk", "count_pk")
 
 
 def mean_sd(values: list[float], ddof: int) -> tuple[float, float]:
@@ -102,10 +110,37 @@ def ragged(seed=0, rewards=3, nan=0.3) -> tuple[Tensor, Tensor, Tensor]:
     return table, group, guideline
 
 
-@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
-@pytest.mark.parametrize("scale", ["guideline", "group", "batch", "none"])
-@pytest.mark.parametrize("combine", ["sum_then_normalize", "normalize_then_sum"])
-def test_equals_the_definition(combine: str, scale: str, baseline: str) -> None:
+PER_ROLLOUT = (*PER_QUESTION, *PER_PAIR, "reward", "valid")
+
+
+def fields(stats) -> dict[str, Tensor]:
+    return {x: getattr(stats, x) for x in (*PER_ROLLOUT, "first_p", "first_pk", "reward_mean")}
+
+
+def assert_same_bits(got, want) -> None:
+    assert torch.equal(got[0], want[0])
+    others = fields(want[1])
+    for name, value in fields(got[1]).items():
+        torch.testing.assert_close(value, others[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs and blocks for a batch the interpreter can afford."""
+
+    def blocks(rollouts: int, rewards: int, normalize: bool) -> tuple[dict[str, int], int]:
+        mp = 1 << max(rewards - 1, 0).bit_length()
+        return {"MP": mp, "BI": 4, "BJ": 8, "SCAN": 8, "SPAN": 8}, 4
+
+    monkeypatch.setattr(_advantage_triton, "_blocks", blocks)
+
+
+@pytest.mark.parametrize("baseline", BASELINE)
+@pytest.mark.parametrize("scale", SCALE)
+@pytest.mark.parametrize("combine", COMBINE)
+def test_equals_the_definition(
+    combine: str, scale: str, baseline: str, implementation: str
+) -> None:
     options: dict[str, Any] = {
         "combine": combine,
         "scale": scale,
@@ -126,35 +161,101 @@ def test_equals_the_definition(combine: str, scale: str, baseline: str) -> None:
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_stats_describe_the_batch() -> None:
+@st.composite
+def batches(draw):
+    """Rewards, ids and options of a batch of any grouping."""
+    count, rewards = draw(st.integers(0, 14)), draw(st.integers(1, 3))
+    ids = st.lists(st.sampled_from(IDS), min_size=count, max_size=count)
+    # eighths, so that equal sums are equal and a spread is never a rounding error
+    value = st.one_of(st.integers(-8, 8).map(lambda n: n / 8), st.just(math.nan))
+    row = st.lists(value, min_size=rewards, max_size=rewards)
+    table = draw(st.lists(row, min_size=count, max_size=count))
+    options = {
+        "combine": draw(st.sampled_from(COMBINE)),
+        "scale": draw(st.sampled_from(SCALE)),
+        "baseline": draw(st.sampled_from(BASELINE)),
+        "within": draw(st.sampled_from((0.0, 0.7, 1.0))),
+        "between": draw(st.sampled_from((0.0, 1.0, 1.3))),
+        "ddof": draw(st.sampled_from((0, 1))),
+    }
+    return (
+        torch.tensor(table, dtype=torch.float32).reshape(count, rewards),
+        torch.tensor(draw(ids), dtype=torch.long),
+        torch.tensor(draw(ids), dtype=torch.long),
+    ), options
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batches())
+def test_any_grouping_equals_the_definition(implementation: str, small_tiles: None, batch) -> None:
+    (rewards, group, guideline), options = batch
+    advantages, stats = guideline_advantages(rewards, group, guideline, **options)
+    want = reference(rewards, group, guideline, **options) if len(rewards) else []
+    torch.testing.assert_close(advantages, torch.tensor(want), atol=2e-5, rtol=2e-5)
+    ids = group.tolist()
+    pairs = list(zip(ids, guideline.tolist(), strict=True))
+    for names, keys in ((PER_QUESTION, ids), (PER_PAIR, pairs)):
+        for name in names:  # every member of a group is told the same bits
+            x = getattr(stats, name)
+            mates = x[[keys.index(key) for key in keys]]
+            torch.testing.assert_close(x, mates, rtol=0, atol=0, equal_nan=True, msg=name)
+    assert stats.first_p.tolist() == [ids.index(p) == i for i, p in enumerate(ids)]
+    assert stats.first_pk.tolist() == [pairs.index(pk) == i for i, pk in enumerate(pairs)]
+    assert_same_bits(
+        guideline_advantages(rewards, group, guideline, **options), (advantages, stats)
+    )
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+def test_stats_describe_the_batch(implementation: str, combine: str) -> None:
     rewards, group, guideline = ragged(1)
-    advantages, stats = guideline_advantages(rewards, group, guideline)
-    assert stats.question.tolist() == sorted(set(group.tolist()))
-    assert torch.equal(stats.question[stats.question_index], group)
+    advantages, stats = guideline_advantages(rewards, group, guideline, combine=combine)
     torch.testing.assert_close(stats.reward_mean, rewards.nanmean(0))
     assert torch.equal(stats.valid, ~rewards.isnan().all(1))
     assert (advantages[~stats.valid] == 0).all() and stats.reward[~stats.valid].isnan().all()
-    for i, p in enumerate(stats.question.tolist()):
-        mine = stats.reward[(group == p) & stats.valid].tolist()
-        mu, sd = mean_sd(mine, 1)
-        assert stats.count_p[i] == len(mine)
-        assert stats.mu_p[i].item() == pytest.approx(mu, nan_ok=True)
-        assert stats.sd_p[i].item() == pytest.approx(sd, abs=1e-6)
-    pairs = {(int(p), int(k)) for p, k in zip(group, guideline, strict=True)}
-    seen = [
-        (int(stats.question[q]), int(k))
-        for q, k in zip(stats.pk_question, stats.pk_guideline, strict=True)
-    ]
-    assert set(seen) == pairs and len(seen) == len(pairs)
-    for j, (p, k) in enumerate(seen):
-        mine = stats.reward[(group == p) & (guideline == k) & stats.valid].tolist()
-        mu, sd = mean_sd(mine, 1)
-        assert stats.mu_pk[j].item() == pytest.approx(mu, nan_ok=True)
-        assert stats.sd_pk[j].item() == pytest.approx(sd, abs=1e-6)
+    if combine == "sum_then_normalize":
+        torch.testing.assert_close(stats.reward[stats.valid], rewards.nansum(1)[stats.valid])
+    for i in range(len(group)):
+        of_question = (group == group[i]) & stats.valid
+        for mates, mean, sd, count in (
+            (of_question, stats.mu_p, stats.sd_p, stats.count_p),
+            (of_question & (guideline == guideline[i]), stats.mu_pk, stats.sd_pk, stats.count_pk),
+        ):
+            mine = stats.reward[mates].tolist()
+            mu, spread = mean_sd(mine, 1)
+            assert count[i] == len(mine)
+            assert mean[i].item() == pytest.approx(mu, abs=1e-6, nan_ok=True)
+            assert sd[i].item() == pytest.approx(spread, abs=1e-6)
+        mine = stats.reward[of_question]
+        assert stats.zero_variance[i] == (
+            len(mine) == 0 or bool((mine - mine[0]).abs().max() < 1e-6)
+        )
+
+
+def test_tables_have_a_row_per_question_and_per_pair(implementation: str) -> None:
+    rewards, group, guideline = ragged(1)
+    _, stats = guideline_advantages(rewards, group, guideline)
+    tables = stats.tables()
+    assert tables.question.tolist() == sorted(set(group.tolist()))
+    assert torch.equal(tables.question[tables.question_index], group)
+    for name in PER_QUESTION:
+        spread = getattr(tables, name)[tables.question_index]
+        torch.testing.assert_close(spread, getattr(stats, name), equal_nan=True, rtol=0, atol=0)
+    pairs = list(
+        zip(tables.question[tables.pk_question].tolist(), tables.pk_guideline.tolist(), strict=True)
+    )
+    assert pairs == sorted(set(zip(group.tolist(), guideline.tolist(), strict=True)))
+    at = [pairs.index(pair) for pair in zip(group.tolist(), guideline.tolist(), strict=True)]
+    for name in PER_PAIR:
+        spread = getattr(tables, name)[at]
+        torch.testing.assert_close(spread, getattr(stats, name), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(stats.question_mean(stats.sd_p), tables.sd_p.mean())
+    share = stats.question_mean(stats.zero_variance)
+    torch.testing.assert_close(share, tables.zero_variance.float().mean())
 
 
 @pytest.mark.parametrize("scale", ["group", "none"])
-def test_unit_weights_are_grpo_whatever_the_guidelines(scale: str) -> None:
+def test_unit_weights_are_grpo_whatever_the_guidelines(scale: str, implementation: str) -> None:
     rewards, group, guideline = ragged(2, nan=0.0)
     got, _ = guideline_advantages(rewards, group, guideline, scale=scale)
     one, _ = guideline_advantages(rewards, group, torch.zeros_like(guideline), scale=scale)
@@ -166,7 +267,7 @@ def test_unit_weights_are_grpo_whatever_the_guidelines(scale: str) -> None:
         torch.testing.assert_close(single, one, atol=1e-6, rtol=1e-5)
 
 
-def test_leave_one_out_is_rloo() -> None:
+def test_leave_one_out_is_rloo(implementation: str) -> None:
     rewards, group, guideline = ragged(3, rewards=1, nan=0.0)
     got, _ = guideline_advantages(rewards, group, guideline, scale="none", baseline="leave_one_out")
     for i in range(len(group)):
@@ -184,44 +285,202 @@ def test_leave_one_out_is_rloo() -> None:
             assert got[i].item() == pytest.approx(want, abs=1e-6)
 
 
-def test_order_does_not_matter() -> None:
+@pytest.mark.parametrize("combine", COMBINE)
+def test_order_does_not_matter(implementation: str, small_tiles: None, combine: str) -> None:
     data = ragged(4)
-    base, base_stats = guideline_advantages(*data)
+    base, base_stats = guideline_advantages(*data, combine=combine)
     for seed in range(3):
         perm = torch.randperm(len(base), generator=torch.Generator().manual_seed(seed))
-        got, stats = guideline_advantages(*(x[perm] for x in data))
+        got, stats = guideline_advantages(*(x[perm] for x in data), combine=combine)
         torch.testing.assert_close(got, base[perm], atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(stats.mu_pk, base_stats.mu_pk, equal_nan=True)
+        for name in PER_ROLLOUT:
+            value, want = getattr(stats, name), getattr(base_stats, name)[perm]
+            torch.testing.assert_close(value, want, equal_nan=True, msg=name)
 
 
-def test_shifting_a_question_changes_nothing_and_means_are_zero() -> None:
+def test_shifting_a_question_changes_nothing_and_means_are_zero(implementation: str) -> None:
     rewards, group, guideline = ragged(5, nan=0.0)
     base, stats = guideline_advantages(rewards, group, guideline)
     moved, _ = guideline_advantages(rewards + group[:, None] / 100, group, guideline)
     torch.testing.assert_close(moved, base, atol=1e-3, rtol=1e-3)
     only, _ = guideline_advantages(rewards, group, guideline, between=0.0)
-    for k in stats.pk_guideline.unique():
-        for p in stats.question:
+    for k in guideline.unique():
+        for p in group.unique():
             here = (group == p) & (guideline == k)
             assert only[here].sum().abs() < 1e-4
             if here.sum() == 1:
                 assert only[here] == 0
 
 
-def test_zero_variance_is_flagged_and_gives_nothing() -> None:
+@pytest.mark.parametrize("combine", COMBINE)
+def test_a_large_common_offset_costs_no_digits(implementation: str, combine: str) -> None:
+    # summed, a missing reward would miss the offset too
+    nan = 0.3 if combine == "normalize_then_sum" else 0.0
+    rewards, group, guideline = ragged(6, nan=nan)
+    rewards = rewards.double()
+    base, base_stats = guideline_advantages(rewards, group, guideline, combine=combine)
+    moved, stats = guideline_advantages(rewards + 1e4, group, guideline, combine=combine)
+    torch.testing.assert_close(moved, base, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(stats.sd_p, base_stats.sd_p, atol=1e-6, rtol=1e-6)
+
+
+def test_zero_variance_is_flagged_and_gives_nothing(implementation: str) -> None:
     rewards = torch.tensor([[0.1, 0.2], [0.2, 0.1], [0.3, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
     group = torch.tensor([0, 0, 0, 1, 1, 1])
     advantages, stats = guideline_advantages(rewards, group, torch.tensor([0, 1, 1, 0, 0, 1]))
-    assert stats.zero_variance.tolist() == [True, False]
+    assert stats.zero_variance.tolist() == [True] * 3 + [False] * 3
     assert advantages[:3].abs().max() < 1e-3 and advantages[3:].abs().max() > 0.1
     nothing, stats = guideline_advantages(torch.full((2, 2), torch.nan), group[:2], group[:2])
-    assert stats.zero_variance.tolist() == [True] and (nothing == 0).all()
+    assert stats.zero_variance.tolist() == [True, True] and (nothing == 0).all()
+    assert stats.mu_p.isnan().all() and (stats.sd_p == 0).all() and (stats.count_p == 0).all()
 
 
-def test_empty_batch() -> None:
+@pytest.mark.parametrize("combine", COMBINE)
+def test_small_batches(implementation: str, combine: str) -> None:
     none = torch.zeros(0, dtype=torch.long)
-    advantages, stats = guideline_advantages(torch.zeros(0, 2), none, none)
-    assert advantages.shape == (0,) and len(stats.question) == 0 and stats.reward_mean.isnan().all()
+    advantages, stats = guideline_advantages(torch.zeros(0, 2), none, none, combine=combine)
+    assert advantages.shape == (0,) and stats.reward_mean.isnan().all()
+    assert len(stats.tables().question) == 0 and stats.question_mean(stats.sd_p).isnan()
+    one = torch.tensor([5])
+    for scale in SCALE:
+        advantages, stats = guideline_advantages(
+            torch.tensor([[0.5, 0.25]]), one, one, combine=combine, scale=scale
+        )
+        assert advantages.tolist() == [0.0] and stats.zero_variance.tolist() == [True]
+        assert stats.first_p.tolist() == stats.first_pk.tolist() == [True]
+    advantages, stats = guideline_advantages(torch.zeros(3, 0), *[torch.tensor([1, 2, 1])] * 2)
+    assert (advantages == 0).all() and not stats.valid.any() and stats.reward_mean.shape == (0,)
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+def test_views_are_read_by_their_strides(implementation: str, combine: str) -> None:
+    rewards, group, guideline = ragged(7)
+    count, m = rewards.shape
+    # what lies around the views would change every statistic: huge rewards of questions that exist
+    table = torch.full((count + 4, m + 3), 1e30)
+    table[2:-2, 1 : 1 + m] = rewards
+    ids = torch.full((count + 4, 3), int(group[0]))
+    ids[2:-2, 1] = group
+    criteria = torch.full((2 * count + 1,), int(guideline[0]), dtype=torch.int32)
+    criteria[1::2] = guideline.int()
+    views = table[2:-2, 1 : 1 + m], ids[2:-2, 1], criteria[1::2]
+    got = guideline_advantages(*views, combine=combine)
+    want = guideline_advantages(rewards, group, guideline.int(), combine=combine)
+    assert_same_bits(got, want)
+    got, _ = guideline_advantages(rewards.t().contiguous().t(), group, guideline, combine=combine)
+    assert torch.equal(got, want[0])
+
+
+@pytest.mark.parametrize("scale", ["guideline", "batch"])
+def test_nothing_is_written_around_the_outputs(
+    triton_kernels: None, small_tiles: None, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffers = []
+    new_empty = Tensor.new_empty
+
+    def guarded(self, size, dtype=None, **others):
+        if others:  # the interpreter's own
+            return new_empty(self, size, dtype=dtype, **others)
+        shape = torch.Size([size] if isinstance(size, int) else size)
+        buffers.append(torch.full((shape.numel() + 16,), 77).to(dtype))
+        return buffers[-1][8:-8].view(shape)
+
+    monkeypatch.setattr(Tensor, "new_empty", guarded)
+    guideline_advantages(*ragged(8), combine="normalize_then_sum", scale=scale)
+    assert len(buffers) == (5 if scale == "batch" else 4)
+    for buffer in buffers:
+        mark = torch.tensor(77).to(buffer.dtype)
+        assert (buffer[:8] == mark).all() and (buffer[-8:] == mark).all()
+
+
+@pytest.mark.parametrize("scale", SCALE)
+@pytest.mark.parametrize("combine", COMBINE)
+def test_launches(
+    triton_kernels: None, combine: str, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return self.kernel[grid]
+
+    for name in ("_advantage_kernel", "_rescale_kernel"):
+        kernel = getattr(_advantage_triton, name)
+        monkeypatch.setattr(_advantage_triton, name, Counted(kernel))
+    guideline_advantages(*ragged(0), combine=combine, scale=scale)
+    assert len(launches) == (2 if (combine, scale) == ("normalize_then_sum", "batch") else 1)
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("rewards", [1, 3, 4, 16, 17, 100, 256])
+@pytest.mark.parametrize("rollouts", [1, 4096, 65_536])
+def test_blocks_fit_the_register_file(rollouts: int, rewards: int, combine: str) -> None:
+    normalize = combine == "normalize_then_sum"
+    blocks, warps = _advantage_triton._blocks(rollouts, rewards, normalize)
+    assert all(size & (size - 1) == 0 and size > 0 for size in blocks.values())
+    assert rewards <= blocks["MP"] and blocks["MP"] * blocks["SPAN"] <= _advantage_triton.TILE
+    tile = blocks["BI"] * blocks["BJ"] * (blocks["MP"] if normalize else 1)
+    assert max(tile, blocks["BJ"] * blocks["MP"]) <= _advantage_triton.TILE and warps in (4, 8)
+
+
+def test_more_rewards_than_a_tile_holds_are_refused(triton_kernels: None) -> None:
+    ids = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="at most 256 rewards, got 257"):
+        guideline_advantages(torch.zeros(2, 257), ids, ids)
+
+
+@pytest.mark.parametrize("scale", SCALE)
+@pytest.mark.parametrize("combine", COMBINE)
+def test_the_torch_path_never_waits_for_the_device(combine: str, scale: str) -> None:
+    """No operator whose result or shape depends on values: these are what reads the device back."""
+    waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            if func is torch.ops.aten.index.Tensor:  # tagged for the sake of boolean masks
+                assert all(at is None or at.dtype == torch.long for at in args[1])
+            else:
+                assert not waits & set(func.tags), func
+            return func(*args, **(kwargs or {}))
+
+    weights = torch.ones(3), torch.ones(4)
+    with Watch():
+        _advantage_torch._guideline_advantages_torch(
+            *ragged(0), *weights, combine, scale, 1.0, 1.0, "leave_one_out", 1e-4, 1
+        )
+    assert len(seen) > 20
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+def test_passes_through_compile_in_one_graph(implementation: str, combine: str) -> None:
+    data = ragged(1)
+    options = {"combine": combine, "reward_weights": torch.tensor([1.0, 0.5, 2.0])}
+
+    def step(rewards, group, guideline):
+        advantages, stats = guideline_advantages(rewards, group, guideline, **options)
+        return 2 * advantages, stats, stats.question_mean(stats.sd_p)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got, stats, mean), (want, want_stats, want_mean) = compiled(*data), step(*data)
+    assert_same_bits((got, stats), (want, want_stats))
+    assert torch.equal(mean, want_mean)
+    torch.library.opcheck(
+        torch.ops.mmedx_fast.guideline_advantages.default,
+        (*data, None, None, combine, "guideline", 1.0, 1.0, "mean", 1e-4, 1),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_rewards_that_require_grad_give_constants(implementation: str) -> None:
+    rewards, group, guideline = ragged(1)
+    advantages, stats = guideline_advantages(rewards.requires_grad_(), group, guideline)
+    assert not advantages.requires_grad and not stats.mu_p.requires_grad
 
 
 def trl_advantages(rewards, weights, num_generations, aggregation, scale):
@@ -271,7 +530,7 @@ def trl_advantages(rewards, weights, num_generations, aggregation, scale):
         ("normalize_then_sum", "batch"),
     ],
 )
-def test_equals_trl_own_code(aggregation: str, scale: str, nan: float) -> None:
+def test_equals_trl_own_code(aggregation: str, scale: str, nan: float, implementation: str) -> None:
     g = torch.Generator().manual_seed(9)
     rewards = torch.rand(24, 3, generator=g)
     rewards[torch.rand(rewards.shape, generator=g) < nan] = torch.nan
@@ -305,6 +564,8 @@ def test_equals_trl_own_code(aggregation: str, scale: str, nan: float) -> None:
         ({"guideline": torch.zeros(4)}, "guideline must be"),
         ({"reward_weights": torch.ones(5)}, "reward_weights"),
         ({"guideline_weights": torch.ones(2)}, "0..K-1"),
+        ({"guideline_weights": torch.ones(0)}, "K > 0"),
+        ({"group": torch.zeros(4, dtype=torch.long, device="meta")}, "group is on meta"),
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:
@@ -315,3 +576,60 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         guideline_advantages(**(arguments | change))
+
+
+def big(count: int, rewards: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    table = torch.rand(count, rewards, generator=g)
+    table[torch.rand(table.shape, generator=g) < 0.1] = torch.nan
+    group, guideline = torch.arange(count) // 16, torch.arange(count) // 4 % 4
+    if order == "shuffled":
+        perm = torch.randperm(count, generator=g)
+        group, guideline = group[perm], guideline[perm]
+    return table, group, guideline
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["contiguous", "shuffled"])
+@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize(("count", "rewards"), [(64, 4), (4096, 16), (65_536, 1), (65_536, 4)])
+def test_large_batches_equal_the_cpu(count: int, rewards: int, combine: str, order: str) -> None:
+    data = big(count, rewards, order)
+    for scale in ("guideline", "batch"):
+        options = {"combine": combine, "scale": scale}
+        want, want_stats = guideline_advantages(*data, **options)
+        got = guideline_advantages(*(x.cuda() for x in data), **options)
+        torch.testing.assert_close(got[0].cpu(), want, atol=1e-6, rtol=1e-5)
+        for name, value in fields(got[1]).items():
+            value, expected = value.cpu(), getattr(want_stats, name)
+            torch.testing.assert_close(value, expected, equal_nan=True, atol=1e-6, rtol=1e-5)
+        again = guideline_advantages(*(x.cuda() for x in data), **options)
+        assert_same_bits(again, got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("combine", COMBINE)
+def test_no_host_synchronisation(implementation: str, combine: str) -> None:
+    data = [x.cuda() for x in big(256, 4, "shuffled")]
+    guideline_advantages(*data, combine=combine, scale="batch")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, stats = guideline_advantages(*data, combine=combine, scale="batch")
+        stats.question_mean(stats.zero_variance)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("combine", COMBINE)
+def test_replays_in_a_cuda_graph(triton_kernels: None, combine: str) -> None:
+    rewards, group, guideline = (x.cuda() for x in big(256, 4, "shuffled"))
+    options = {"combine": combine, "scale": "batch"}
+    guideline_advantages(rewards, group, guideline, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = guideline_advantages(rewards, group, guideline, **options)
+    rewards.copy_(rewards.flip(0))
+    graph.replay()
+    assert_same_bits(captured, guideline_advantages(rewards, group, guideline, **options))

@@ -241,11 +241,11 @@ class _Trainer:
         )
         use = stats.valid.clone()
         if self.gba.filter_zero_variance:
-            use &= ~stats.zero_variance[stats.question_index]
+            use &= ~stats.zero_variance
         metrics = {
             "reward": float(stats.reward.nanmean()),
-            "reward_std": float(stats.sd_p.mean()),
-            "frac_reward_zero_std": float(stats.zero_variance.float().mean()),
+            "reward_std": float(stats.question_mean(stats.sd_p)),
+            "frac_reward_zero_std": float(stats.question_mean(stats.zero_variance)),
         }
         for index, name in enumerate(self.rewards.names):
             metrics[f"rewards/{name}/mean"] = float(stats.reward_mean[index])
