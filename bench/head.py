@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -198,6 +199,10 @@ def compiled() -> LogProb:
 
 def trl() -> LogProb:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    # Its backward imports this, which takes seconds; where it cannot, the backward says so.
+    with suppress(ImportError):
+        import trl.trainer.utils  # noqa: F401
 
     def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> Pair:
         found: Any = ChunkedLogProbFunction.apply(

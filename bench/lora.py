@@ -16,6 +16,8 @@ from mmedx_fast.ops import LoraFactors, MergeSpec
 SPEC = MergeSpec(method="ties", density=0.3)
 # Typical of a trained model: weights of sd 0.02, an expert's change a twentieth of that.
 WEIGHT_SD, DELTA_SD = 0.02, 0.001
+# Elements up to which the slow providers run: a 3584 x 3584 linear.
+SMALL = 3584 * 3584
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def trimmed(experts: list[LoraFactors]) -> Tensor:
     for delta in deltas(experts):
         count = int(SPEC.density * delta.numel())
         size = delta.abs()
-        threshold = size.flatten().kthvalue(delta.numel() - count + 1).values
+        threshold = size.flatten().topk(count, sorted=False).values.min()
         kept.append(torch.where(size >= threshold, delta, 0.0).double())
     return torch.stack(kept)
 
@@ -137,6 +139,11 @@ def reference_merge(x: LoraInputs) -> Outputs:
         found[name] = (x.weights[name].double() + update).to(x.weights[name].dtype).double()
         found[f"update:{name}"] = update
     return found
+
+
+def small(sizes: Sizes) -> str | None:
+    """Why a size is left to quicker providers, or None."""
+    return "takes long; see the smaller linears" if elements(sizes) > SMALL else None
 
 
 def copies(x: LoraInputs) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def _prepare(
     provider = entry.provider
     reason = provider.unavailable(case.device, case.sizes)
     needed = provider.memory(case.sizes, case.dtype.itemsize)
-    if reason is None and needed > 0.9 * free_bytes(case.device):
+    if reason is None and needed and needed > 0.9 * free_bytes(case.device):
         reason = f"skipped: needs about {needed / 1e9:.0f} GB of memory"
     if reason is None and late and provider.kind not in (OURS, FLOOR):
         reason = "skipped: no time left"

@@ -17,12 +17,15 @@ def path_of(op: str, device: torch.device) -> str:
     return next((p.implementation for p in _dispatch.paths(device) if p.op == op), "torch")
 
 
-def plain_torch(make: Callable[[Any], Call], op: str) -> Provider:
+def plain_torch(
+    make: Callable[[Any], Call], op: str, unsuited: Callable[[Sizes], str | None] = lambda s: None
+) -> Provider:
     """The provider "ours (torch)": the same call under MMEDX_KERNELS=torch."""
 
     def lacking(sizes: Sizes) -> str | None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return "ours is the plain torch path here" if path_of(op, device) == "torch" else None
+        same = path_of(op, device) == "torch"
+        return "ours is the plain torch path here" if same else unsuited(sizes)
 
     def made(inputs: Any) -> Call:
         inner = make(inputs)

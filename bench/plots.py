@@ -21,7 +21,10 @@ def picture(data: dict[str, Any]) -> bytes:
     _lines(times, data, styles, "median_ms", 1.0, "ms")
     _lines(memory, data, styles, "peak_bytes", 2.0**-20, "MiB")
     _roofline(roof, data, styles)
-    for axes, title in ((times, LEFT), (memory, MIDDLE), (roof, RIGHT)):
+    peaks = data["peaks"]
+    measured = f"measured: {peaks['tflops']:.3g} TFLOP/s, {peaks['gb_s']:.4g} GB/s"
+    titles = (LEFT, MIDDLE, f"{RIGHT} ({measured})")
+    for axes, title in zip((times, memory, roof), titles, strict=True):
         axes.set_title(title, fontsize=10)
         axes.grid(True, which="major", linewidth=0.4, alpha=0.5)
     handles, names = times.get_legend_handles_labels()
@@ -49,7 +52,8 @@ def _styles(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
         elif name == "ours":
             styles[name] = {"color": "black", "linewidth": 2.4, "marker": "o", "zorder": 5}
         else:
-            styles[name] = {"color": colours[peers % 10], "marker": markers[peers % 10]}
+            marker = markers[(peers + 3 * (peers // 10)) % 10]
+            styles[name] = {"color": colours[peers % 10], "marker": marker}
             styles[name] |= {"linewidth": 1.2, "linestyle": "-" if peers < 10 else ":"}
             peers += 1
     return styles
@@ -101,10 +105,6 @@ def _roofline(axes: Any, data: dict[str, Any], styles: Any) -> None:
     ridge = 1e3 * peak / speed
     ends = sorted([min([*found, ridge]) / 4, ridge, max([*found, ridge]) * 4])
     axes.plot(ends, [min(peak, x * speed / 1e3) for x in ends], color="0.3", linewidth=1)
-    axes.annotate(
-        f"measured: {peak:.3g} TFLOP/s, {speed:.4g} GB/s", (0.97, 0.03), xycoords="axes fraction",
-        fontsize=8, ha="right",
-    )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte (least work, least traffic)")

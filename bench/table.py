@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.results import number, write
+from bench.results import write
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,40 +73,78 @@ def _table(group: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in first["versions"].items() if v)
     lines = [
         f"{first['device']['name']}, {first['date'][:10]}, commit {first['commit']}; {versions}. "
-        "Medians; x: how many times our time or memory.",
-        "",
-        "| op | size | ours, ms | floor, ms | ours / floor | peers' time | ours, MiB | peers' memory |",
-        "|---|---|---:|---:|---:|---|---:|---|",
+        "Medians. Ours and the floor in ms; peers as multiples of our time; peak memory beyond the "
+        "inputs at the largest size.",
     ]
-    absent: dict[str, None] = {}
     for data in group:
-        for row in data["rows"]:
-            lines.append(_line(data, row))
-            for p in row["providers"]:
-                if "median_ms" not in p and p["name"] != "ours (torch)":
-                    absent[f"{p['name']} ({p['status']})"] = None
+        lines += ["", *_op(data)]
     commands = dict.fromkeys(data["command"] for data in group)
-    lines += ["", *(f"    {command}" for command in commands)]
-    if absent:
-        lines += ["", f"Not timed at every size: {'; '.join(absent)}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"    {command}" for command in commands)])
 
 
-def _line(data: dict[str, Any], row: dict[str, Any]) -> str:
-    timed = {p["name"]: p for p in row["providers"] if "median_ms" in p}
-    head = f"| `{data['op']}` | {row['shape']}, {row['dtype']} |"
-    ours = timed.pop("ours", None)
-    if ours is None:
-        return f"{head} {row['failed'] or 'not timed'} | | | | | |"
-    floor = next((p for p in timed.values() if p["kind"] == "floor"), None)
-    peers = [p for p in timed.values() if p["kind"] == "peer"]
-    time = ", ".join(f"{p['name']} {p['median_ms'] / ours['median_ms']:.3g}x" for p in peers)
-    held = max(ours["peak_bytes"], 1)
-    memory = ", ".join(f"{p['name']} {p['peak_bytes'] / held:.3g}x" for p in peers)
-    return (
-        f"{head} {ours['median_ms']:.4g} | {number(floor and floor['median_ms'], '.4g')} | "
-        f"{number(ours['ratio_to_floor'], '.2f')} | {time} | {held / 2**20:.4g} | {memory} |"
-    )
+def _op(data: dict[str, Any]) -> list[str]:
+    """A provider a line, a size a column."""
+    rows = sorted(data["rows"], key=lambda row: row["tokens"])
+    common, columns = _split([row["shape"] for row in rows])
+    caption = ", ".join(x for x in (data["title"], " ".join(common), rows[0]["dtype"]) if x)
+    lines = [
+        f"**`{data['op']}`**: {caption}",
+        "",
+        f"| | {' | '.join(columns)} | MiB |",
+        f"|---|{'---:|' * (len(columns) + 1)}",
+    ]
+    remarks: dict[str, None] = {}
+    for name in dict.fromkeys(p["name"] for row in rows for p in row["providers"]):
+        found = [_named(row, name) for row in rows]
+        if any("median_ms" in p for p in found):
+            lines.append(_line(name, rows, found))
+        remarks |= dict.fromkeys(_remark(p) for p in found if name != "ours (torch)")
+    remarks.pop("", None)
+    return lines + (["", f"{'; '.join(remarks)}."] if remarks else [])
+
+
+def _split(names: list[str]) -> tuple[list[str], list[str]]:
+    """Words that all the shapes' names share, and the names without them."""
+    common = [word for word in names[0].split() if all(word in name.split() for name in names)]
+    if len(names) == 1:
+        common = common[1:]
+    rest = [" ".join(word for word in name.split() if word not in common) for name in names]
+    return common, rest
+
+
+def _named(row: dict[str, Any], name: str) -> dict[str, Any]:
+    missing = {"name": name, "status": "not chosen", "kind": "peer", "judged": True, "note": ""}
+    return next((p for p in row["providers"] if p["name"] == name), missing)
+
+
+def _line(name: str, rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
+    cells = []
+    for row, p in zip(rows, found, strict=True):
+        ours = _named(row, "ours")
+        if "median_ms" not in p:
+            cells.append("")
+        elif p["kind"] != "peer" or "median_ms" not in ours:
+            cells.append(_figure(p["median_ms"]))
+        else:
+            cells.append(f"{_figure(p['median_ms'] / ours['median_ms'])}x")
+    held = next((p["peak_bytes"] for p in reversed(found) if "peak_bytes" in p), None)
+    title = f"**{name}**" if name == "ours" else name
+    starred = "" if all(p["judged"] or p["kind"] == "floor" for p in found) else r"\*"
+    memory = "" if held is None else _figure(held / 2**20)
+    return f"| {title}{starred} | {' | '.join(cells)} | {memory} |"
+
+
+def _figure(value: float) -> str:
+    """Three digits, and thousands set apart."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _remark(p: dict[str, Any]) -> str:
+    if "median_ms" not in p:
+        return f"{p['name']}: {p['status']}"
+    if not p["judged"] and p["kind"] == "peer":
+        return rf"\* {p['name']} computes something else: {p['note']}"
+    return ""
 
 
 if __name__ == "__main__":

@@ -422,8 +422,8 @@ def test_the_readmes_table_is_exchanged_and_stays(tmp_path) -> None:
         assert table.main([str(path), "--readme", str(readme)]) == 0
         text = readme.read_text()
         assert text.startswith("# Title\n\nbefore\n\n") and text.endswith("\n\nafter\n")
-        assert "old" not in text and "`toy` | n=8" in text and "double" in text
-        assert "absent (not installed: nothing)" in text
+        assert "old" not in text and "**`toy`**: doubling" in text and "| double |" in text
+        assert "absent: not installed: nothing" in text and "| n=4 | n=8 | MiB |" in text
     once = text
     assert table.main([str(path), "--readme", str(readme)]) == 0
     assert readme.read_text() == once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -99,6 +100,25 @@ def _compiled(x: RewardInputs) -> Call:
     return _by_layout(torch.compile(_dense, dynamic=False), x)
 
 
+def _graphed(make: Callable[[RewardInputs], Call], x: RewardInputs) -> Call:
+    """The same call captured in a CUDA graph: what is left when the host costs nothing."""
+    call = make(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Outputs:
+        graph.replay()
+        return out
+
+    return replay
+
+
 def _trl(x: RewardInputs) -> Call:
     """TRL 1.16, ``GRPOTrainer``, sum_then_normalize: one mean and one deviation a question."""
     from trl.trainer.utils import nanstd
@@ -159,7 +179,12 @@ OPS = (
             Provider("ours", _ours, OURS),
             plain_torch(_ours, "guideline_advantages"),
             Provider("copy", _copy, FLOOR, note="one launch that reads the rewards", computes=False),
+            Provider("ours, CUDA graph", partial(_graphed, _ours), cuda=True),
             Provider("eager torch", _eager, note="full groups in order only"),
+            Provider(
+                "eager torch, CUDA graph", partial(_graphed, _eager), cuda=True,
+                note="full groups in order only",
+            ),
             Provider(
                 "torch.compile", _compiled, cuda=True, note="full groups in order only", last=True
             ),

@@ -17,8 +17,6 @@ from mmedx_fast.ops import LoraFactors, merge_model_
 LINEARS = ("linear", *(f"0.{name}" for name in ("q", "k", "v", "o", "gate", "up", "down")))
 # Elements at the threshold may fall on either side, and a sum may round the other way: some in 10^5.
 BOUNDS = {name: Bound("relative", 1e-2, against=f"update:{name}") for name in LINEARS}
-# torch.linalg.svd of the whole update, full matrices: minutes for anything larger.
-LARGEST_SVD = 3584 * 3584
 
 
 def _ours(x: LoraInputs) -> Call:
@@ -84,9 +82,10 @@ def _peft_svd(x: LoraInputs) -> Call:
 
 
 def _too_large(sizes: Sizes) -> str | None:
-    if "L" in sizes or lora.elements(sizes) > LARGEST_SVD or sizes["r"] > 64:
-        return "a full SVD takes minutes; see the smaller linears"
-    return None
+    """A full SVD takes its time: one rank is enough."""
+    if "L" in sizes or sizes["r"] not in (4, 64):
+        return "a full SVD of a linear takes seconds to minutes; see one linear at r=64"
+    return lora.small(sizes)
 
 
 def _one_layer(sizes: Sizes) -> str | None:
@@ -120,7 +119,7 @@ OPS = (
         },
         providers=(
             Provider("ours", _ours, OURS),
-            plain_torch(_ours, "lora_merge"),
+            plain_torch(_ours, "lora_merge", lora.small),
             Provider("copy", _copy, FLOOR, note="every weight read and written once", computes=False),
             Provider(
                 "materialised TIES",
@@ -145,7 +144,7 @@ OPS = (
             ),
             Provider(
                 "peft ties_svd", _peft_svd, needs=("peft",), lacking=_too_large, limits=None,
-                note="cut back to the experts' rank",
+                note="cut back to the experts' rank", last=True,
             ),
         ),
         dispatch="lora_merge",

@@ -145,7 +145,7 @@ OPS = (
         shapes=SINGLE,
         providers=(
             Provider("ours", _conflicts, OURS),
-            plain_torch(_conflicts, "lora_merge"),
+            plain_torch(_conflicts, "lora_merge", lora.small),
             Provider(
                 "torch.mm", _delta_gemms, FLOOR,
                 note="every delta once, written to memory: a fused op need not write it",
