@@ -1,4 +1,4 @@
-"""Tiles of logits: what the plain torch log-prob and policy-loss ops share.
+"""Tiles of logits: what the log-prob and policy-loss ops share on every device.
 
 A tile is the logits of a few tokens over the whole vocabulary (or this rank's part of it)::
 
@@ -11,19 +11,26 @@ offset the difference of two large numbers would cost the digits that matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-# Elements of a logits tile, and the fewest rows worth a GEMM. On a CPU a tile that stays in cache
-# is 3x to 10x quicker than one that the allocator must map anew; on CUDA a tile must be tall (about
-# 1.8k rows at V = 152k).
+# Elements of a logits tile on a CPU, and the fewest rows worth a GEMM there: a tile that stays in
+# cache is 3x to 10x quicker than one that the allocator must map anew.
 CPU_TILE, CPU_ROWS = 1 << 19, 64
-CUDA_TILE, CUDA_ROWS = 1 << 28, 128
+# Bytes of a logits tile on CUDA: 1,152 float32 rows of 152,064 logits fit.
+CUDA_TILE_BYTES = 750_000_000
+# Output tile of the GEMMs that cuBLAS picks for these shapes.
+TILE_M, TILE_N = 128, 256
+# Rows of a tile start at multiples of this many elements, for vector loads and cuBLAS.
+ROW_ALIGNMENT = 32
 # -inf logits become this, so that 0 * z is 0 and not NaN; exp of it is 0 in every dtype.
 FLOOR = -1e30
+# Rows of the statistics of a token, [5, N]; all but TOP are relative to it.
+TOP, OTHERS, MOMENT, TARGET, OWNED = range(5)
 
 
 @dataclass(frozen=True)
@@ -34,52 +41,140 @@ class Head:
     bias: Tensor | None  # [V]
     temperature: float
     softcap: float | None
-    banned: Tensor | None  # [n] int64 ids within this weight
-    acc: (
-        torch.dtype
-    )  # dtype of logits, statistics and outputs: float32, or float64 for float64 inputs
-    round_to: (
-        torch.dtype | None
-    )  # logits are rounded to this first (as an inference engine in bf16 does)
+    banned: Tensor | None  # [n] int64 global ids that cannot occur
+    acc: torch.dtype
+    """Of logits, statistics and outputs: float32, or float64 for float64 inputs."""
+    round_to: torch.dtype | None = None
+    """Logits are rounded to this first (as an inference engine in bf16 does)."""
+    start: int = 0
+    """Global id of the weight's first row."""
+    sharded: bool = False
+    """Other ranks own the rest of the vocabulary."""
 
-    def prepared(self) -> Head:
-        """A copy whose weight and bias are already in the dtype the CPU GEMM runs in, to cast once
-        per call."""
-        if self.weight.is_cuda:
-            return self
-        bias = None if self.bias is None else self.bias.detach().to(self.acc)
-        return Head(
-            self.weight.detach().to(self.acc),
-            bias,
-            self.temperature,
-            self.softcap,
-            self.banned,
-            self.acc,
-            self.round_to,
-        )
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def raw_dtype(self) -> torch.dtype:
+        """Of the logits as the GEMM leaves them."""
+        return self.round_to or self.acc
 
 
-@dataclass
-class Tile:
-    """One tile and its row statistics; ``z`` is relative to the row maximum.
+def raw_width(vocab: int) -> int:
+    """Elements from one row of a tile to the next: at least one more than the vocabulary has."""
+    return (vocab // ROW_ALIGNMENT + 1) * ROW_ALIGNMENT
 
-    The target's own exp is left out of the sum: if the target is the maximum, ``others`` is (1 - p)
-    / p with all its digits, which a sum that starts from 1 has lost.
+
+class Tiles:
+    """The tiles of one call, one at a time in one reused buffer; raw logits come from a GEMM.
+
+    ``kept`` [N, raw_width(V)] holds every raw logit instead, to be filled or, if ``filled``, only read.
     """
 
-    z: Tensor  # [n, V]
-    e: Tensor  # [n, V] exp(z), 0 at an owned target
-    top: Tensor  # [n] row maximum of the logits
-    others: Tensor  # [n] sum of exp(z) without the target
-    target: Tensor  # [n] z of the target
-    moment: Tensor | None  # [n] sum of exp(z) * z
+    def __init__(
+        self,
+        hidden: Tensor,  # [N, H]
+        head: Head,
+        targets: Tensor,  # [N] int64 global ids
+        chunk: int | None,
+        *,
+        kept: Tensor | None = None,
+        filled: bool = False,
+    ) -> None:
+        self.hidden, self.head, self.targets = hidden, head, targets
+        self.kept, self.filled = kept, filled
+        n, h = hidden.shape
+        self.spans = spans(n, head.vocab, h, hidden.device, chunk, head.raw_dtype.itemsize)
+        self._buffer: Tensor | None = None
+        self._operand: Tensor | None = None
+        self._loaded: slice | None = None
+        self._banned = banned_columns(head, hidden.device)
 
-    def rebase(self, top: Tensor, others: Tensor, target: Tensor) -> None:
-        """Make everything relative to the maximum of a row of which this tile is only a part."""
-        shift = (self.top - top).clamp(min=FLOOR)[:, None]
-        self.z.add_(shift).clamp_(min=FLOOR)
-        self.e.mul_(shift.exp())
-        self.top, self.others, self.target = top, others, target
+    def raw(self, rows: slice) -> Tensor:
+        """[n, V] raw logits of these rows, -inf at banned ids; other rows overwrite them unless all are kept."""
+        n, head = rows.stop - rows.start, self.head
+        if self.kept is not None:
+            z = self.kept[rows]
+        else:
+            if self._buffer is None or len(self._buffer) < n:
+                most = max(n, *(s.stop - s.start for s in self.spans))
+                self._buffer = self.hidden.new_empty(
+                    (most, raw_width(head.vocab)), dtype=head.raw_dtype
+                )
+            z = self._buffer[:n]
+        if not self.filled and self._loaded != rows:
+            self._multiply(self.hidden[rows].detach(), z[:, : head.vocab])
+            if self._banned is not None:
+                z.index_fill_(1, self._banned, -torch.inf)
+        self._loaded = rows
+        return z[:, : head.vocab]
+
+    def _multiply(self, hidden: Tensor, z: Tensor) -> None:
+        """hidden @ W^T into z, with the accumulators kept in z's dtype."""
+        weight = self.head.weight.detach()
+        if hidden.is_cuda and hidden.dtype == weight.dtype and z.dtype == torch.float32:
+            if weight.dtype != torch.float32:
+                torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=z)
+                return
+        if self._operand is None:  # one cast a call
+            self._operand = weight.to(z.dtype)
+        torch.mm(hidden.to(z.dtype), self._operand.t(), out=z)
+
+
+class Grads:
+    """Accumulates what the operands that want a gradient get from each tile of dlogits."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+    ) -> None:
+        acc = accumulate_dtype(hidden, weight)
+        self._dtypes = weight.dtype, None if bias is None else bias.dtype
+        self._empty = hidden.new_empty(0)
+        contiguous = torch.contiguous_format
+        self.hidden = torch.empty_like(hidden, memory_format=contiguous) if wanted[0] else None
+        self.weight = torch.zeros_like(weight, dtype=acc) if wanted[1] else None
+        self.bias = torch.zeros_like(bias, dtype=acc) if wanted[2] and bias is not None else None
+
+    @property
+    def any(self) -> bool:
+        return not (self.hidden is None and self.weight is None and self.bias is None)
+
+    def add(
+        self, rows: slice, dz: Tensor, hidden: Tensor, weight: Tensor, live: Tensor | None
+    ) -> None:
+        """``dz`` [n, V] in the weight's dtype; rows that are not ``live`` [n] have zeros there."""
+        weight = weight.detach()
+        if not dz.is_cuda:
+            dz = (
+                dz.contiguous()
+            )  # oneDNN's 16-bit GEMM reads past the end of a strided row: NaN if that is NaN
+        if self.hidden is not None:
+            if self.hidden.dtype == dz.dtype:
+                torch.mm(dz, weight, out=self.hidden[rows])
+            else:
+                self.hidden[rows] = (dz @ weight).to(self.hidden.dtype)
+        if self.weight is not None:
+            x = hidden[rows].detach()
+            x = x if live is None else torch.where(live[:, None], x, 0.0)  # 0 * NaN is NaN
+            self._add_weight(dz, x)
+        if self.bias is not None:
+            self.bias += dz.sum(0, dtype=self.bias.dtype)
+
+    def _add_weight(self, dz: Tensor, hidden: Tensor) -> None:
+        total = self.weight
+        assert total is not None
+        if dz.is_cuda and dz.dtype == hidden.dtype and dz.dtype.itemsize == 2:
+            torch.addmm(total, dz.t(), hidden, out_dtype=total.dtype, out=total)
+        else:
+            total.addmm_(dz.t().to(total.dtype), hidden.to(total.dtype))
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients in the operands' dtypes, an empty tensor for each that is not wanted."""
+        hidden = self._empty if self.hidden is None else self.hidden
+        weight = self._empty.clone() if self.weight is None else self.weight.to(self._dtypes[0])
+        bias = self._empty.clone() if self.bias is None else self.bias.to(self._dtypes[1])
+        return hidden, weight, bias
 
 
 def log_total(others: Tensor, target: Tensor) -> Tensor:
@@ -87,112 +182,107 @@ def log_total(others: Tensor, target: Tensor) -> Tensor:
     return torch.log1p(others + torch.expm1(target))
 
 
+def outcome(stats: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """(log-prob [N], entropy [N] or None) from the statistics [5, N] of the whole vocabulary."""
+    total = log_total(stats[OTHERS], stats[TARGET])
+    logprob = stats[TARGET] - total
+    return logprob, total - stats[MOMENT] * (-total).exp() if entropy else None
+
+
+def merge_shards(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[5, N] of this shard (top, others, moment, target, owned) -> the same of the whole
+    vocabulary.
+
+    One all-reduce: every rank puts its rows in its own slot of a zero buffer.
+    """
+    slots = stats.new_zeros((dist.get_world_size(group), *stats.shape))
+    slots[dist.get_rank(group)] = stats
+    dist.all_reduce(slots, group=group)
+    top, others, moment, target, owned = slots.unbind(1)
+    mine = owned > 0
+    whole_top = top.amax(0)
+    shift = (top - whole_top).clamp(min=FLOOR)
+    scale = shift.exp()
+    total = others + torch.where(mine, target.exp(), 0.0)
+    # sum of exp(z) * z, with z relative to the new maximum
+    moment = ((moment + shift * total) * scale).sum(0)
+    others = (others * scale).sum(0)
+    target = torch.where(mine, target + shift, 0.0).sum(0)
+    found = mine.any(0)
+    if stats.device.type == "cpu" and not bool(found.all()):
+        row = int((~found).nonzero()[0])
+        raise ValueError(
+            f"targets[{row}] is in no rank's part of the vocabulary: check vocab_start"
+        )
+    return torch.stack([whole_top, others, moment, target, found.to(stats.dtype)])
+
+
+def shard_start(vocab: int, group: dist.ProcessGroup | None, start: int | None) -> int:
+    """Global id of this rank's first row of the head."""
+    if group is None:
+        return 0
+    return dist.get_rank(group) * vocab if start is None else start
+
+
+def gradient_shapes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :meth:`Grads.result` returns, without values."""
+    contiguous = torch.contiguous_format
+    found = [
+        hidden.new_empty(0) if x is None or not w else torch.empty_like(x, memory_format=contiguous)
+        for x, w in zip((hidden, weight, bias), wanted, strict=True)
+    ]
+    return found[0], found[1], found[2]
+
+
 def accumulate_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     wide = torch.promote_types(hidden.dtype, weight.dtype)
     return torch.float64 if wide == torch.float64 else torch.float32
 
 
-def spans(n: int, vocab: int, device: torch.device, chunk: int | None) -> Iterator[slice]:
-    """Row ranges of at most ``chunk`` (default: by the tile budget), equal to within one row."""
+def spans(
+    n: int, vocab: int, width: int, device: torch.device, chunk: int | None, itemsize: int = 4
+) -> list[slice]:
+    """Row ranges of at most ``chunk`` (default: as the device likes them), equal to within one row."""
     if n == 0:
-        return
-    if chunk is None:
-        cuda = device.type == "cuda"
-        budget, least = (CUDA_TILE, CUDA_ROWS) if cuda else (CPU_TILE, CPU_ROWS)
-        chunk = max(least, budget // max(vocab, 1))
-    pieces = math.ceil(n / chunk)
-    for i in range(pieces):
-        yield slice(i * n // pieces, (i + 1) * n // pieces)
-
-
-def matmul_into(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with the accumulators kept in ``dtype``, not rounded to the inputs' first."""
-    if a.dtype == b.dtype == dtype:
-        return a @ b
-    if a.is_cuda and a.dtype == b.dtype and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
-
-
-def raw_logits(hidden: Tensor, head: Head) -> Tensor:
-    """[n, V] logits as the distribution sees them: biased, capped, divided by the temperature,
-    banned."""
-    if head.round_to is None:
-        z = matmul_into(hidden, head.weight.t(), head.acc)
-        z = z if head.bias is None else z.add_(head.bias)
+        return []
+    if chunk is not None:
+        pieces = math.ceil(n / chunk)
+    elif device.type == "cuda":
+        pieces = cuda_pieces(n, vocab, width, itemsize, _multiprocessors(device))
     else:
-        z = hidden.to(head.round_to) @ head.weight.to(head.round_to).t()
-        z = (z if head.bias is None else z.add_(head.bias)).to(head.acc)
-    if head.softcap is not None:
-        z.div_(head.softcap).tanh_().mul_(head.softcap)
-    if head.temperature != 1.0:
-        z.div_(head.temperature)
-    if head.banned is not None:
-        z.index_fill_(1, head.banned, -torch.inf)
-    return z
+        pieces = math.ceil(n / max(CPU_ROWS, CPU_TILE // max(vocab, 1)))
+    return [slice(i * n // pieces, (i + 1) * n // pieces) for i in range(pieces)]
 
 
-def make_tile(
-    hidden: Tensor, head: Head, target: Tensor, owned: Tensor | None = None, moment: bool = False
-) -> Tile:
-    """Logits and row statistics. ``target`` [n] indexes this weight's rows, where ``owned`` [n]
-    says it is one of them."""
-    z = raw_logits(hidden, head)
-    top = z.amax(1)
-    z.sub_(top[:, None])
-    at = target[:, None]
-    z_target = z.gather(1, at).squeeze(1)
-    z.clamp_(min=FLOOR)
-    e = z.exp()
-    first_moment = torch.linalg.vecdot(e, z) if moment else None
-    if owned is None:
-        e.scatter_(1, at, 0.0)
-    else:
-        e.scatter_(1, at, torch.where(owned[:, None], 0.0, e.gather(1, at)))
-    return Tile(z, e, top, e.sum(1), z_target, first_moment)
+def cuda_pieces(
+    n: int, vocab: int, width: int, itemsize: int, multiprocessors: int,
+    budget: int = CUDA_TILE_BYTES,
+) -> int:  # fmt: skip
+    """How many equal tiles to cut n tokens into, for two GEMMs [n, width] x [width, vocab] and back.
 
-
-def dlogits(
-    tile: Tile,
-    head: Head,
-    target: Tensor,  # [n] column of the target
-    owned: Tensor | None,  # [n] bool, the target is one of this tile's columns; None = always
-    d_logprob: Tensor,  # [n]
-    d_entropy: Tensor | None,  # [n]
-    entropy: Tensor | None,  # [n]
-) -> Tensor:
-    """Gradient with respect to the logits before temperature and cap, [n, V]; overwrites the tile.
-
-    d logprob / d z_j = [j = y] - p_j;  d entropy / d z_j = -p_j (log p_j + entropy).
+    A GEMM runs in waves of one output tile per multiprocessor, and a last wave that is half empty
+    costs a whole one; the gradient's GEMM has few and long tiles, so a bad row count costs up to half
+    of it. Among the counts from the fewest that fit ``budget`` bytes a tile to twice that, this takes
+    the one with the least time in waves, and the smaller of equals. Cutting into equal parts comes
+    first, because a short last tile still streams the whole weight.
     """
-    cap = None
-    if head.softcap is not None:  # d tanh = 1 - tanh^2, and tanh is the capped logit over the cap
-        cap = (tile.z + tile.top[:, None]).mul_(head.temperature / head.softcap)
-        cap = cap.clamp_(-1, 1).square_().neg_().add_(1)
-    g = d_logprob / head.temperature
-    total = log_total(tile.others, tile.target)
-    log_p = tile.target - total
-    # 1 - p loses its digits as p nears 1, -expm1(log p) does not
-    at_target = g * -torch.expm1(log_p)
-    inverse = (-total).exp()
-    if d_entropy is None:
-        grad = tile.e.mul_((-g * inverse)[:, None])
-    else:
-        assert entropy is not None
-        ge = d_entropy / head.temperature
-        slope = tile.z.add_((entropy - total)[:, None]).mul_(ge[:, None]).add_(g[:, None])
-        grad = tile.e.mul_(slope).mul_(-inverse[:, None])
-        p = log_p.exp()
-        at_target = at_target - ge * p * torch.where(p > 0, log_p + entropy, 0.0)
-    at = target[:, None]
-    if owned is not None:
-        at_target = torch.where(owned, at_target, grad.gather(1, at).squeeze(1))
-    grad.scatter_(1, at, at_target[:, None])
-    if cap is not None:
-        grad.mul_(cap)
-    if head.banned is not None:
-        grad.index_fill_(1, head.banned, 0.0)
-    return grad
+    limit = max(TILE_M, budget // (raw_width(vocab) * itemsize))
+    fewest = math.ceil(n / limit)
+
+    def waves(pieces: int) -> int:
+        blocks = math.ceil(math.ceil(n / pieces) / TILE_M)
+        forward = math.ceil(blocks * math.ceil(vocab / TILE_N) / multiprocessors)
+        backward = math.ceil(blocks * math.ceil(width / TILE_N) / multiprocessors)
+        return pieces * (forward * width + backward * vocab)
+
+    return min(range(fewest, 2 * fewest + 1), key=waves)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def check_head(
@@ -246,16 +336,12 @@ def check_targets(targets: Tensor, vocab: int) -> None:
         )
 
 
-def local_banned(
-    banned: Tensor | None, start: int, vocab: int, device: torch.device
-) -> Tensor | None:
-    """The banned ids that fall in rows start..start+vocab of the head, relative to start."""
+def banned_columns(head: Head, device: torch.device) -> Tensor | None:
+    """[n] columns of a tile to fill with -inf; ids of other shards become the unused column V, with no host sync."""
+    banned = head.banned
     if banned is None or banned.numel() == 0:
         return None
     if banned.dim() != 1 or banned.is_floating_point():
         raise ValueError(f"banned must be [n] token ids, got {banned.dtype} {tuple(banned.shape)}")
-    ids = banned.to(device=device, dtype=torch.long) - start
-    if device.type == "cpu":
-        ids = ids[(ids >= 0) & (ids < vocab)]
-        return ids if len(ids) else None
-    return ids if start == 0 else ids[(ids >= 0) & (ids < vocab)]
+    ids = banned.to(device=device, dtype=torch.long) - head.start
+    return torch.where((ids >= 0) & (ids < head.vocab), ids, head.vocab)

@@ -110,6 +110,40 @@ class PolicyLossSpec:
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """Which of S sequences each of n tokens is in; the tokens of a sequence are adjacent."""
+
+    index: Tensor  # [n] int64, 0..S-1
+    offset: Tensor  # [n] int64, place within the sequence
+    count: int
+    longest: int
+
+    @classmethod
+    def of(cls, sequence_id: Tensor) -> tuple[Sequences, list[int]]:
+        """And the lengths. Reading the boundaries waits for the device."""
+        ids, lengths = torch.unique_consecutive(sequence_id, return_counts=True)
+        if len(torch.unique(ids)) != len(ids):
+            raise ValueError(
+                "sequence_id: the tokens of a sequence must be adjacent, but an id comes back later"
+            )
+        host, n, device = lengths.tolist(), len(sequence_id), sequence_id.device
+        order = torch.arange(len(ids), device=device)
+        index = torch.repeat_interleave(order, lengths, output_size=n)
+        begin = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths, output_size=n)
+        offset = torch.arange(n, device=device) - begin
+        return cls(index, offset, len(ids), max(host, default=0)), host
+
+    def cut(self, rows: slice, first: int, count: int) -> Sequences:
+        """The ``count`` sequences from ``first`` on, which are these rows."""
+        return Sequences(self.index[rows] - first, self.offset[rows], count, self.longest)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """[S] sums of x [n], in an order that does not change from run to run."""
+        padded = x.new_zeros(self.count, self.longest)
+        return padded.index_put_((self.index, self.offset), x).sum(1)
+
+
+@dataclass(frozen=True)
 class Tokens:
     """What is given for each of n tokens, all in the accumulation dtype, clean (finite) where
     ``live`` is False."""
@@ -121,13 +155,18 @@ class Tokens:
     weight: Tensor
     entropy_weight: Tensor
     live: Tensor  # bool
-    sequence: Tensor | None  # int64, 0..S-1, when the spec is by_sequence
-    sequences: int
+    sequences: Sequences | None = None  # when the spec is by_sequence
 
-    def per_sequence(self, x: Tensor) -> Tensor:
-        """[S] sums."""
-        assert self.sequence is not None
-        return x.new_zeros(self.sequences).index_add_(0, self.sequence, x)
+    def cut(self, rows: slice, sequences: Sequences | None = None) -> Tokens:
+        """Those of some rows, which are whole ``sequences``."""
+
+        def part(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows]
+
+        return Tokens(
+            self.advantage[rows], part(self.old), part(self.ref), part(self.rollout),
+            self.weight[rows], self.entropy_weight[rows], self.live[rows], sequences,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,8 +210,8 @@ def _engine_gap(old: Tensor, tokens: Tokens, spec: PolicyLossSpec) -> tuple[Tens
     gap = old - tokens.rollout
     log_weight = torch.where(tokens.live, gap.nan_to_num(nan=0.0), 0.0)
     if spec.importance_sampling_correction.startswith("sequence"):
-        assert tokens.sequence is not None
-        log_weight = tokens.per_sequence(log_weight)[tokens.sequence]
+        assert tokens.sequences is not None
+        log_weight = tokens.sequences.sum(log_weight)[tokens.sequences.index]
     weight = log_weight.exp()
     low, high = spec.importance_sampling_clip_min, spec.importance_sampling_clip_max
     if spec.importance_sampling_correction.endswith("truncate"):
@@ -194,11 +233,11 @@ def token_loss(logp: Tensor, entropy: Tensor, tokens: Tokens, spec: PolicyLossSp
     logp, entropy = torch.where(live, logp, 0.0), torch.where(live, entropy, 0.0)
     old = logp if tokens.old is None else tokens.old
     log_ratio = torch.where(live, logp - old, 0.0)
-    length = None
+    length, sequences = None, tokens.sequences
     if spec.loss_type == "gspo":
-        assert tokens.sequence is not None
-        length = tokens.per_sequence(live.to(logp.dtype)).clamp(min=1)
-        log_ratio = (tokens.per_sequence(log_ratio) / length)[tokens.sequence]
+        assert sequences is not None
+        length = sequences.sum(live.to(logp.dtype)).clamp(min=1)
+        log_ratio = (sequences.sum(log_ratio) / length)[sequences.index]
     ratio = log_ratio.exp()
 
     policy, direct, through = _surrogate(ratio, tokens, logp, spec)
@@ -217,17 +256,32 @@ def token_loss(logp: Tensor, entropy: Tensor, tokens: Tokens, spec: PolicyLossSp
         value, direct = value + spec.beta * kl, direct + spec.beta * slope
         metrics["sum:kl"] = torch.where(live, kl, 0.0).sum()
     loss = (weight * value).sum()
-    if length is None:
+    if length is None or sequences is None:
         d_logprob = weight * (direct + through)
     else:
-        shared = tokens.per_sequence(weight * through) / length
-        d_logprob = weight * direct + shared[tokens.sequence]
+        shared = sequences.sum(weight * through) / length
+        d_logprob = weight * direct + shared[sequences.index]
     d_entropy = None
     if spec.entropy_coef != 0:
         loss = loss - spec.entropy_coef * (tokens.entropy_weight * entropy).sum()
         d_entropy = torch.where(live, -spec.entropy_coef * tokens.entropy_weight, 0.0)
     metrics |= {"sum:loss": loss, "sum:tokens": live.sum(), "sum:entropy": entropy.sum()}
     return TokenLoss(loss, torch.where(live, d_logprob, 0.0), d_entropy, metrics)
+
+
+def metric_names(spec: PolicyLossSpec, ref: bool, rollout: bool) -> list[str]:
+    """Keys of ``token_loss(...).metrics`` in their order, for tokens with these log-probs given."""
+    extremes = ("sum", "min", "max")
+    names = [f"{how}:ratio" for how in extremes]
+    clips = (
+        ("cispo_clip",) if spec.loss_type == "cispo" else ("clip_low", "clip_high", "clip_region")
+    )
+    names += [f"sum:{clip}" for clip in clips]
+    if rollout:
+        names += [f"{how}:importance" for how in extremes]
+        names += ["sum:logp_difference", "max:logp_difference", "sum:logp_known"]
+    names += ["sum:policy_loss", *(["sum:kl"] if ref else [])]
+    return [*names, "sum:loss", "sum:tokens", "sum:entropy"]
 
 
 def _extremes(name: str, x: Tensor, live: Tensor) -> dict[str, Tensor]:

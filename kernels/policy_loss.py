@@ -7,25 +7,25 @@ scales.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import fields
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _logits as lg
-from ._dispatch import register_torch, resolve
 from ._policy_math import (
     LOSS_TYPES,
     PolicyLossSpec,
-    TokenLoss,
+    Sequences,
     Tokens,
     merge_metrics,
+    metric_names,
     reduce_metrics,
     token_loss,
 )
-from .linear_logprob import Grads
+from ._routing import TileOps, group_of, name_of, register_op, tiles_for
 
 __all__ = [
     "PolicyLossSpec",
@@ -53,6 +53,8 @@ def linear_policy_loss(
     softcap: float | None = None,
     chunk: int | None = None,
     banned: Tensor | None = None,  # [n]
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """loss = sum over tokens of token_weight * (policy loss + beta * KL) - entropy_weight *
     entropy_coef * entropy.
@@ -78,18 +80,22 @@ def linear_policy_loss(
         entropy_weight: [N], default ``token_weight``. TRL's bonus is a plain token mean: pass
             dapo's weights for it.
         spec: which loss; also the temperature.
+        group, vocab_start: as in :func:`linear_logprob`; every per-token tensor is the same on every rank,
+            and so are loss and metrics. One packed all-reduce a tile in forward, so the ranks must cut the same
+            tiles: shards of one size, or ``chunk`` given. One all-reduce of the gradient of ``hidden``.
         sequence_id: [N] integer, the tokens of a sequence adjacent; required by gspo and sequence
             corrections, where reading the boundaries waits for the device.
 
     Returns:
         loss: scalar float32 (float64 for float64 inputs), differentiable once with respect to
             hidden, weight and bias.
-        metrics: raw sums, minima and maxima over the tokens with a weight, as 0-dim tensors;
+        metrics: raw sums, minima and maxima over the tokens with a weight, as 0-dim tensors of the loss's dtype;
             :func:`merge_metrics` adds them up, :func:`reduce_metrics` makes the means to log.
 
     Raises:
         ValueError: operands that do not fit, missing log-probs or sequence ids, a target outside
             the vocabulary or banned (values are checked on CPU tensors only).
+        RuntimeError: ``MMEDX_KERNELS=triton`` with float64 operands or without a GPU.
     """
     lg.check_head(hidden, weight, targets, bias, spec.temperature, softcap, chunk)
     per_token = {
@@ -105,26 +111,21 @@ def linear_policy_loss(
         if x is not None and x.shape != targets.shape:
             raise ValueError(f"{name} must be [{len(targets)}], got {tuple(x.shape)}")
     _check_given(spec, ref_logprob, rollout_logprob, sequence_id)
-    lg.check_targets(targets, weight.shape[0])
-    _check_banned(targets, banned, token_weight)
-    impl = resolve("linear_policy_loss", hidden.device)
-    return impl(
-        hidden,
-        weight,
-        targets,
-        advantages,
-        old_logprob=old_logprob,
-        ref_logprob=ref_logprob,
-        rollout_logprob=rollout_logprob,
-        token_weight=token_weight,
-        entropy_weight=entropy_weight,
-        spec=spec,
-        sequence_id=sequence_id,
-        bias=bias,
-        softcap=softcap,
-        chunk=chunk,
-        banned=banned,
-    )
+    operands = (hidden, weight, bias)
+    grad = torch.is_grad_enabled()
+    wanted = [grad and x is not None and x.requires_grad for x in operands]
+    compiling = torch.compiler.is_compiling()
+    run = torch.ops.mmedx_fast.linear_policy_loss if compiling else _PolicyLoss.apply
+    loss, packed, *_ = run(
+        *operands, targets, advantages, old_logprob, ref_logprob, rollout_logprob, token_weight,
+        entropy_weight, sequence_id, banned, softcap, chunk, name_of(group),
+        lg.shard_start(weight.shape[0], group, vocab_start), wanted,
+        *(getattr(spec, name) for name in _SPEC),
+    )  # fmt: skip
+    names = metric_names(spec, ref_logprob is not None, rollout_logprob is not None)
+    if len(targets) == 0:
+        names = ["sum:loss", "sum:tokens"]
+    return loss, dict(zip(names, packed.unbind(), strict=True))
 
 
 def _check_given(
@@ -156,169 +157,202 @@ def _check_banned(targets: Tensor, banned: Tensor | None, token_weight: Tensor) 
         )
 
 
-@dataclass(frozen=True)
-class _Span:
-    rows: slice
-    sequence: Tensor | None  # [n] 0..S-1
-    sequences: int
+# How a spec travels through an operator, whose arguments are tensors and numbers.
+_SPEC = tuple(field.name for field in fields(PolicyLossSpec))
+_SPEC_TYPES = {"float": "float", "float | None": "float?", "str": "str", "bool": "bool"}
 
 
-def _spans(
-    n: int, vocab: int, device: torch.device, chunk: int | None, sequence_id: Tensor | None
-) -> Iterator[_Span]:
-    """Row ranges of about ``chunk`` tokens; with ``sequence_id`` they end where a sequence ends."""
-    plain = list(lg.spans(n, vocab, device, chunk))
-    if sequence_id is None or n == 0:
-        yield from (_Span(rows, None, 0) for rows in plain)
-        return
-    ids, lengths = torch.unique_consecutive(sequence_id, return_counts=True)
-    if len(torch.unique(ids)) != len(ids):
-        raise ValueError(
-            "sequence_id: the tokens of a sequence must be adjacent, but an id comes back later"
-        )
-    index = torch.repeat_interleave(torch.arange(len(ids), device=device), lengths, output_size=n)
-    limit = max(rows.stop - rows.start for rows in plain)
-    start = end = first = 0
-    for s, length in enumerate(lengths.tolist()):
-        if end > start and end + length - start > limit:
-            yield _Span(slice(start, end), index[start:end] - first, s - first)
-            start, first = end, s
-        end += length
-    yield _Span(slice(start, end), index[start:end] - first, len(ids) - first)
-
-
-@register_torch("linear_policy_loss")
-def _linear_policy_loss_torch(
+def _forward(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     targets: Tensor,
     advantages: Tensor,
-    *,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_logprob: Tensor | None,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
     token_weight: Tensor,
     entropy_weight: Tensor | None,
-    spec: PolicyLossSpec,
     sequence_id: Tensor | None,
-    bias: Tensor | None,
+    banned: Tensor | None,
     softcap: float | None,
     chunk: int | None,
-    banned: Tensor | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    operands = (hidden, weight, bias)
-    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands)
+    group: str | None,
+    start: int,
+    wanted: list[bool],
+    *spec_values: float | str | bool | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, packed metrics, gradients of hidden, weight and bias or empty tensors)."""
+    spec = PolicyLossSpec(**dict(zip(_SPEC, spec_values, strict=True)))  # type: ignore[arg-type]
+    if group is None:
+        lg.check_targets(targets, weight.shape[0])
+    _check_banned(targets, banned, token_weight)
     acc = lg.accumulate_dtype(hidden, weight)
-    blocked = lg.local_banned(banned, 0, weight.shape[0], hidden.device)
-    head = lg.Head(weight, bias, spec.temperature, softcap, blocked, acc, None).prepared()
-    tokens = _clean_tokens(
-        acc,
-        advantages,
-        old_logprob,
-        ref_logprob,
-        rollout_logprob,
-        token_weight,
-        entropy_weight,
+    tokens = _clean_tokens(acc, advantages, old, ref, rollout, token_weight, entropy_weight)
+    head = lg.Head(
+        weight, bias, spec.temperature, softcap, banned, acc, None, start, group is not None
     )
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        grads = Grads(hidden, weight, bias, wanted)
-        loss = hidden.new_zeros((), dtype=acc)
-        metrics: dict[str, Tensor] = {}
-        by_sequence = sequence_id if spec.by_sequence else None
-        columns = targets.long()
-        for span in _spans(len(targets), weight.shape[0], hidden.device, chunk, by_sequence):
-            part = _part(tokens, span)
-            rows = torch.where(part.live[:, None], hidden[span.rows], 0.0)
-            result = _one_tile(rows, weight, head, columns[span.rows], part, spec, grads, span.rows)
-            loss = loss + result.loss
-            _accumulate(metrics, result.metrics)
-    if not metrics:  # no token at all
-        metrics = {"sum:loss": loss, "sum:tokens": loss.new_zeros((), dtype=torch.long)}
-    if any(wanted):
-        loss = _WithGradient.apply(loss, grads.result(), *operands)
-    return loss, metrics
+        grads = lg.Grads(hidden, weight, bias, (wanted[0], wanted[1], wanted[2]))
+        if len(targets) == 0:
+            zero = hidden.new_zeros((), dtype=acc)
+            return zero, zero.new_zeros(2), *grads.result()
+        sequences, lengths = None, []
+        if spec.by_sequence:
+            assert sequence_id is not None
+            sequences, lengths = Sequences.of(sequence_id)
+        tiles = tiles_for("linear_policy_loss", hidden, head, targets, chunk)
+        sweep = _Sweep(tiles, tokens, spec, grads, hidden, weight, group)
+        sweep.run(sequences, lengths)
+        if group is not None and grads.hidden is not None:
+            dist.all_reduce(grads.hidden, group=group_of(group))
+        whole = tokens.cut(slice(None), sequences)
+        result = token_loss(sweep.logprob, sweep.entropy, whole, spec)
+        packed = torch.stack([x.to(acc) for x in result.metrics.values()])
+        return result.loss, packed, *grads.result()
+
+
+class _Sweep:
+    """Tile by tile: log-probs and entropies of all tokens, and the gradients."""
+
+    def __init__(
+        self, tiles: TileOps, tokens: Tokens, spec: PolicyLossSpec, grads: lg.Grads,
+        hidden: Tensor, weight: Tensor, group: str | None,
+    ) -> None:  # fmt: skip
+        self._tiles, self._tokens, self._spec, self._grads = tiles, tokens, spec, grads
+        self._operands, self._group = (hidden, weight), group
+        n, like = len(tokens.live), tokens.advantage
+        self._stats = like.new_zeros(5, n)
+        # log-prob, entropy, and the loss's derivative by each
+        self._result = like.new_zeros(4, n)
+
+    @property
+    def logprob(self) -> Tensor:
+        return self._result[0]
+
+    @property
+    def entropy(self) -> Tensor:
+        return self._result[1]
+
+    def run(self, sequences: Sequences | None, lengths: list[int]) -> None:
+        one_sweep = getattr(self._tiles, "policy", None)
+        fused = one_sweep is not None and self._group is None and sequences is None
+        for rows, part in _parts(self._tiles.spans, sequences, lengths):
+            if fused and self._grads.any:
+                dz = one_sweep(rows, self._tokens, self._spec, self._result)
+            else:
+                dz = self._by_steps(rows, part)
+            if dz is not None:
+                self._grads.add(rows, dz, *self._operands, self._tokens.live[rows])
+
+    def _by_steps(self, rows: slice, sequences: Sequences | None) -> Tensor | None:
+        """dlogits of a tile (None if nothing wants a gradient), with the loss between statistics and gradient."""
+        self._tiles.stats(rows, self._stats, True)
+        if self._group is not None:
+            merged = lg.merge_shards(self._stats[:, rows], group_of(self._group))
+            self._stats[:, rows] = merged
+        logprob, entropy = lg.outcome(self._stats[:, rows], True)
+        assert entropy is not None
+        self.logprob[rows], self.entropy[rows] = logprob, entropy
+        if not self._grads.any:
+            return None
+        part = self._tokens.cut(rows, sequences)
+        result = token_loss(logprob, entropy, part, self._spec)
+        self._result[2, rows] = result.d_logprob
+        if result.d_entropy is None:
+            return self._tiles.dlogits(rows, self._stats, self._result[2], None)
+        self._result[3, rows] = result.d_entropy
+        return self._tiles.dlogits(rows, self._stats, self._result[2], self._result[3])
+
+
+def _parts(
+    spans: list[slice], sequences: Sequences | None, lengths: list[int]
+) -> list[tuple[slice, Sequences | None]]:
+    """The tiles' rows; with ``sequences`` of these ``lengths``, of about the same size but ending where one ends."""
+    if sequences is None:
+        return [(rows, None) for rows in spans]
+    limit = max(rows.stop - rows.start for rows in spans)
+    parts: list[tuple[slice, Sequences | None]] = []
+    start = end = first = 0
+    for s, length in enumerate([*lengths, limit + 1]):  # the last one closes the last part
+        if end > start and end + length - start > limit:
+            rows = slice(start, end)
+            parts.append((rows, sequences.cut(rows, first, s - first)))
+            start, first = end, s
+        end += length
+    return parts
 
 
 def _clean_tokens(
-    acc: torch.dtype, advantages, old, ref, rollout, token_weight, entropy_weight
+    acc: torch.dtype,
+    advantages: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    token_weight: Tensor,
+    entropy_weight: Tensor | None,
 ) -> Tokens:
     """The per-token inputs in the accumulation dtype, with zeros where a token does not count."""
     entropy_weight = token_weight if entropy_weight is None else entropy_weight
     live = (token_weight != 0) | (entropy_weight != 0)
 
-    def clean(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.where(live, x.detach().to(acc), 0.0)
+    def clean(x: Tensor) -> Tensor:
+        return torch.where(live, x.detach().to(acc), 0.0)
 
-    weight, spread, advantage = clean(token_weight), clean(entropy_weight), clean(advantages)
-    assert weight is not None and spread is not None and advantage is not None
-    return Tokens(advantage, clean(old), clean(ref), clean(rollout), weight, spread, live, None, 0)
-
-
-def _part(tokens: Tokens, span: _Span) -> Tokens:
-    def cut(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[span.rows]
+    def optional(x: Tensor | None) -> Tensor | None:
+        return None if x is None else clean(x)
 
     return Tokens(
-        tokens.advantage[span.rows],
-        cut(tokens.old),
-        cut(tokens.ref),
-        cut(tokens.rollout),
-        tokens.weight[span.rows],
-        tokens.entropy_weight[span.rows],
-        tokens.live[span.rows],
-        span.sequence,
-        span.sequences,
+        clean(advantages), optional(old), optional(ref), optional(rollout), clean(token_weight),
+        clean(entropy_weight), live,
+    )  # fmt: skip
+
+
+def _shapes(hidden, weight, bias, targets, advantages, old, ref, rollout, *rest):
+    *_, wanted = rest[: -len(_SPEC)]
+    spec = PolicyLossSpec(**dict(zip(_SPEC, rest[-len(_SPEC) :], strict=True)))
+    acc = lg.accumulate_dtype(hidden, weight)
+    names = metric_names(spec, ref is not None, rollout is not None)
+    packed = hidden.new_empty(2 if len(targets) == 0 else len(names), dtype=acc)
+    loss = hidden.new_empty((), dtype=acc)
+    return loss, packed, *lg.gradient_shapes(hidden, weight, bias, wanted)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, packed, *grads = output
+    ctx.wanted, ctx.inputs = inputs[16], len(inputs)
+    ctx.save_for_backward(*grads)
+    ctx.mark_non_differentiable(packed, *grads)
+
+
+def _backward(ctx, d_loss: Tensor, *_):
+    """The gradients are known: backward only scales them."""
+    grads = (
+        g * d_loss if wanted else None
+        for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
+    return (*grads, *(None for _ in range(ctx.inputs - 3)))
 
 
-def _one_tile(
-    rows: Tensor,
-    weight: Tensor,
-    head: lg.Head,
-    columns: Tensor,
-    tokens: Tokens,
-    spec: PolicyLossSpec,
-    grads: Grads,
-    where: slice,
-) -> TokenLoss:
-    """Loss of one tile of tokens; adds its gradients to ``grads``."""
-    tile = lg.make_tile(rows, head, columns, moment=True)
-    assert tile.moment is not None
-    total = lg.log_total(tile.others, tile.target)
-    entropy = total - tile.moment * (-total).exp()
-    result = token_loss(tile.target - total, entropy, tokens, spec)
-    if grads.any:
-        dz = lg.dlogits(tile, head, columns, None, result.d_logprob, result.d_entropy, entropy)
-        grads.add(where, dz, rows, weight)
-    return result
+class _PolicyLoss(torch.autograd.Function):
+    """Eager calls: nothing between the caller and the GEMMs, so that profilers and modes see them."""
+
+    forward = staticmethod(_forward)  # type: ignore[assignment]
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 
-def _accumulate(into: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-    for key, value in new.items():
-        if key not in into:
-            into[key] = value
-        elif key.startswith("sum"):
-            into[key] = into[key] + value
-        else:
-            into[key] = (torch.minimum if key.startswith("min") else torch.maximum)(
-                into[key], value
-            )
-
-
-class _WithGradient(torch.autograd.Function):
-    """Hands a loss on together with its gradients, which are already known."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx, loss: Tensor, grads: tuple[Tensor | None, ...], *operands: Tensor | None
-    ) -> Tensor:
-        ctx.grads = grads
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_loss: Tensor):  # type: ignore[override]
-        return (None, None, *(None if g is None else g * d_loss for g in ctx.grads))
+register_op(
+    "linear_policy_loss",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor advantages, Tensor? old, "
+    "Tensor? ref, Tensor? rollout, Tensor token_weight, Tensor? entropy_weight, "
+    "Tensor? sequence_id, Tensor? banned, float? softcap, SymInt? chunk, str? group, SymInt start, "
+    "bool[] wanted, "
+    + ", ".join(f"{_SPEC_TYPES[str(f.type)]} {f.name}" for f in fields(PolicyLossSpec))
+    + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _shapes,
+).register_autograd(_backward, setup_context=_setup)
 
 
 def token_weights(
