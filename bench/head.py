@@ -36,7 +36,7 @@ BOUNDS = {
     "d_hidden": Bound("relative", 1e-2),
 }
 # Logits rounded to bf16 are off by up to 2^-4 between 16 and 32, and so are target and log-sum-exp.
-ROUNDED_LOGITS = {"logprob": 0.3, "entropy": 0.3, "loss": 0.03, "d_hidden": 0.06}
+ROUNDED_LOGITS = {"logprob": 0.3, "entropy": 0.3, "loss": 0.05, "d_hidden": 0.15}
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,8 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Pair:
 
 
 def compiled() -> LogProb:
+    """A fresh compilation: over all shapes and ops one function would pass Dynamo's limit and run eagerly."""
+    torch._dynamo.reset()
     function: LogProb = torch.compile(eager, dynamic=False)
     return function
 

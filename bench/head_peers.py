@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bench import head
-from bench.registry import Call, Provider, Sizes
+from bench.registry import Call, Provider, Sizes, little
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def providers(wrap: Callable[[head.LogProb, head.HeadInputs], Call], passes: int
     """
     made = []
     for peer in PEERS:
-        memory = partial(head.eager_bytes, passes=passes) if peer.whole_logits else None
+        memory = partial(head.eager_bytes, passes=passes) if peer.whole_logits else little
         made.append(
             Provider(
                 peer.name,
@@ -76,7 +76,7 @@ def providers(wrap: Callable[[head.LogProb, head.HeadInputs], Call], passes: int
                 limits=head.ROUNDED_LOGITS,
                 note=peer.note,
                 last=peer.last,
-                **({} if memory is None else {"memory": memory}),
+                memory=memory,
             )
         )
     return made

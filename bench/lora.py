@@ -94,16 +94,17 @@ def _inputs(
     def normal(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=random, device=device)
 
-    weights, experts = {}, {}
+    weights: dict[str, Tensor] = {}
+    experts: dict[str, list[LoraFactors]] = {}
     for name, (out, width) in linears(s).items():
         weights[name] = (WEIGHT_SD * normal(out, width)).to(dtype)
         # a third of every expert's variance is common to all: experts of one base agree somewhat
         common = normal(s["r"], width), normal(out, s["r"])
         sd = math.sqrt(DELTA_SD / math.sqrt(s["r"]))
-        experts[name] = [
-            LoraFactors(*(sd * _blend(x, normal(*x.shape)).to(dtype) for x in common))
-            for _ in range(s["E"])
-        ]
+        experts[name] = []
+        for _ in range(s["E"]):
+            a, b = (sd * _blend(x, normal(*x.shape)).to(dtype) for x in common)
+            experts[name].append(LoraFactors(a, b))
     return LoraInputs(weights, experts, tuple(n for n in weights if n.startswith(("0.", "linear"))))
 
 

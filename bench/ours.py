@@ -13,8 +13,9 @@ from mmedx_fast.kernels import _dispatch
 
 
 def path_of(op: str, device: torch.device) -> str:
-    """``triton`` or ``torch``: what the op takes on the device now."""
-    return next((p.implementation for p in _dispatch.paths(device) if p.op == op), "torch")
+    """``triton`` or ``torch``: what the op takes on the device now; ``interpreted`` is Triton on a CPU."""
+    path = next((p.implementation for p in _dispatch.paths(device) if p.op == op), "torch")
+    return "interpreted" if path == "triton" and device.type == "cpu" else path
 
 
 def plain_torch(

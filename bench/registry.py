@@ -56,6 +56,11 @@ class Bound:
     against: str = ""
 
 
+def little(sizes: Sizes, itemsize: int) -> float:
+    """The memory of a provider that fits wherever its inputs do."""
+    return 0.0
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way to compute an op."""
@@ -74,7 +79,7 @@ class Provider:
     limits: Mapping[str, float] | None = field(default_factory=dict)
     """Bounds of its own by output (a peer that rounds logits to bf16 cannot hold ours). None: its
     error is reported and not judged, because it computes something else; ``note`` says what."""
-    memory: Callable[[Sizes, int], float] = lambda sizes, itemsize: 0.0
+    memory: Callable[[Sizes, int], float] = little
     """Rough bytes beyond the inputs from sizes and bytes per element; it is left out where they are not free."""
     note: str = ""
     computes: bool = True

@@ -25,13 +25,14 @@ PACKAGES = (
 )
 
 
-def environment(command: str, device: torch.device) -> dict[str, Any]:
-    """Where and with what: command, date, commit, device, versions (null = not installed), measured peaks."""
+def environment(command: str, device: torch.device, of: str | None = None) -> dict[str, Any]:
+    """Where and with what: command, date, commit (``of``, if given), device, versions (null = not
+    installed), measured peaks."""
     return {
         "schema": SCHEMA,
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": of or commit(),
         "device": describe(device),
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in PACKAGES},

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=50, help="most calls of one provider")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=ROOT / "bench/results")
+    made.add_argument("--commit", help="recorded where the sources are no git checkout")
     made.add_argument("--no-plots", action="store_true")
     made.add_argument(
         "--list", action="store_true", help="list ops, shapes and providers, and stop"
@@ -115,7 +116,7 @@ def run(ops: list[Any], shapes: str, settings: Any, options: Any, command: str) 
     from bench.measure import measure
 
     end = time.monotonic() + 60 * options.minutes
-    env = results.environment(command, settings.device)
+    env = results.environment(command, settings.device, options.commit)
     units = in_turn(ops, shapes)
     rows: dict[str, list[dict[str, Any]]] = {op.name: [] for op in ops}
     wrong = 0

@@ -97,6 +97,7 @@ def _eager(x: RewardInputs) -> Call:
 
 
 def _compiled(x: RewardInputs) -> Call:
+    torch._dynamo.reset()  # as in bench.head.compiled
     return _by_layout(torch.compile(_dense, dynamic=False), x)
 
 
