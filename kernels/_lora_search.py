@@ -28,8 +28,13 @@ class Search:
     those at or above ``low + (bins << shift)``. Rank 0 has infinity as its threshold, found at once.
     """
 
-    def __init__(self, ranks: Tensor, bins: int) -> None:  # [T] i64, from 1; a power of two
-        self.ranks, self.bins = ranks, bins
+    def __init__(
+        self,
+        ranks: Tensor,  # [T] i64, from 1
+        bins: int,  # a power of two
+        dtype: torch.dtype = torch.int64,  # of the counts
+    ) -> None:
+        self.ranks, self.bins, self.dtype = ranks, bins, dtype
         self.low = torch.zeros_like(ranks)
         self.shift = torch.full_like(ranks, (TOP // bins).bit_length() - 1)
         self.found = ranks == 0
@@ -41,7 +46,14 @@ class Search:
         """[T] f64, the magnitudes found."""
         return self.pattern.to(torch.int32).view(torch.float32).double()
 
-    def aim(self, counts: Tensor, above: Tensor, sampled: int, elements: Tensor) -> None:
+    def empty_counts(self) -> tuple[Tensor, Tensor]:
+        """Zeros for a pass to add to."""
+        counts = torch.zeros(
+            (len(self.ranks), self.bins), dtype=self.dtype, device=self.ranks.device
+        )
+        return counts, torch.zeros_like(self.ranks)
+
+    def aim(self, counts: Tensor, above: Tensor, sampled: Tensor | int, elements: Tensor) -> None:
         """Narrow to where a sample ([T, bins] and [T] counts of ``sampled`` of the target's ``elements``
         [T]) puts the ranks-th largest, five standard deviations to either side."""
         share = self.ranks.double() / elements.clamp(min=1)
@@ -85,5 +97,5 @@ class Search:
 
 def _at_or_above(counts: Tensor, above: Tensor) -> Tensor:
     """[T, bins + 1] elements in this bin or higher; the last column is ``above``."""
-    tail = counts.flip(1).cumsum(1).flip(1) + above[:, None]
+    tail = counts.flip(1).cumsum(1).flip(1).add_(above[:, None])
     return torch.cat([tail, above[:, None]], 1)

@@ -55,11 +55,12 @@ def delta_block(factors: LoraFactors, rows: slice, right: Tensor, dtype: torch.d
 
 def _sample(units: Sequence[LoraFactors], spec: MergeSpec) -> Tensor:
     """Magnitudes at random places of the units' deltas, in proportion to their sizes."""
-    total = sum(f.shape[0] * f.shape[1] for f in units)
+    sizes = torch.tensor([f.shape[0] * f.shape[1] for f in units])
+    # rounded sums, not sums of rounded shares: the sample stays in proportion to the sizes
+    upto = (sizes.cumsum(0) * (SAMPLE // SIDE**2) / sizes.sum()).round().long()
     found = []
-    for factors in units:
+    for factors, left in zip(units, upto.diff(prepend=upto[:1] * 0).tolist(), strict=True):
         out, width = factors.shape
-        left = -(-SAMPLE * (out * width) // (SIDE * SIDE * total))
         draw = torch.Generator().manual_seed(out * width + left)
         while left > 0:
             n = min(left, 32)

@@ -9,6 +9,7 @@ factors' Gram matrices.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from ._dispatch import resolve
 from ._lora_lowrank import core_factors, lora_mean, truncated
 from ._lora_torch import Merged, OnLinear
 from ._lora_types import ConflictReport, Experts, Linear, LoraFactors, MergeSpec, sum_reports
+
+if importlib.util.find_spec("triton") is not None:
+    from . import _lora_triton  # noqa: F401
 
 __all__ = [
     "ConflictReport",
