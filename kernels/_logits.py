@@ -295,11 +295,7 @@ def check_head(
     chunk: int | None,
 ) -> None:
     """Raise ValueError for operands that do not fit together."""
-    if getattr(weight, "ds_id", None) is not None and weight.numel() == 0:
-        raise ValueError(
-            "the head's weight is partitioned by ZeRO-3 (it has no elements on this rank): "
-            "call the op inside deepspeed.zero.GatheredParameters([weight])"
-        )
+    check_gathered(weight)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "hidden must be [N, H] and weight [V, H], "
@@ -320,6 +316,15 @@ def check_head(
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, got {chunk}")
+
+
+def check_gathered(weight: Tensor) -> None:
+    """Raise ValueError for a weight whose elements are on other ranks."""
+    if getattr(weight, "ds_id", None) is not None and weight.numel() == 0:
+        raise ValueError(
+            "the head's weight is partitioned by ZeRO-3 (it has no elements on this rank): "
+            "call the op inside deepspeed.zero.GatheredParameters([weight])"
+        )
 
 
 def check_targets(targets: Tensor, vocab: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import _logits as lg
@@ -93,6 +93,37 @@ def linear_logprob(
     run = torch.ops.mmedx_fast.linear_logprob if compiling else _LinearLogprob.apply
     logprob, entropy, _, _ = run(*arguments)
     return logprob, entropy if return_entropy else None
+
+
+def head_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight [V, H], bias [V] or None) of a language model's head, for the ops of this package.
+
+    A PEFT wrapper is looked through: a copy trained in full (``modules_to_save``) counts if it is active, a
+    LoRA adapter that is merged or disabled does not matter.
+
+    Raises:
+        ValueError: a LoRA adapter is active on the head, so that its weight alone is not what the model
+            computes; a ZeRO-3-partitioned weight; a module without a [V, H] weight.
+    """
+    on = not getattr(module, "disable_adapters", False)
+    active = [str(name) for name in getattr(module, "active_adapters", ())] if on else []
+    copies = getattr(module, "modules_to_save", None)
+    if copies is not None:
+        trained = [name for name in active if name in copies]
+        return head_weight(copies[trained[0]] if trained else module.original_module)
+    if hasattr(module, "base_layer"):
+        loras = [name for name in active if name in getattr(module, "lora_A", ())]
+        if loras and not getattr(module, "merged", False):
+            raise ValueError(
+                f"{type(module).__name__} is a head with active LoRA adapters ({', '.join(loras)}), which "
+                "its weight does not contain: leave the head out of target_modules, or merge the adapters"
+            )
+        return head_weight(module.base_layer)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if weight is None or (weight.dim() != 2 and getattr(weight, "ds_id", None) is None):
+        raise ValueError(f"{type(module).__name__} has no [V, H] weight: it is not a linear head")
+    lg.check_gathered(weight)
+    return weight, bias
 
 
 def _fits(hidden: Tensor, weight: Tensor, round_to: torch.dtype | None, limit: int | None) -> bool:

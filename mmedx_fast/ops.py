@@ -4,7 +4,7 @@
 """
 
 from mmedx_fast.kernels.advantage import AdvantageStats, guideline_advantages
-from mmedx_fast.kernels.linear_logprob import linear_logprob
+from mmedx_fast.kernels.linear_logprob import head_weight, linear_logprob
 from mmedx_fast.kernels.lora_merge import (
     ConflictReport,
     LoraFactors,
@@ -32,6 +32,7 @@ __all__ = [
     "MergeSpec",
     "PolicyLossSpec",
     "guideline_advantages",
+    "head_weight",
     "linear_logprob",
     "linear_policy_loss",
     "lora_conflicts",

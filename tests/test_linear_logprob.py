@@ -1,5 +1,6 @@
 """linear_logprob against autograd over the full float64 logits."""
 
+import os
 import socket
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmedx_fast.kernels import _logits
-from mmedx_fast.kernels.linear_logprob import linear_logprob
+from mmedx_fast.kernels.linear_logprob import head_weight, linear_logprob
 
 both = pytest.mark.usefixtures("implementation")
 
@@ -381,7 +382,58 @@ def test_partitioned_weight_is_refused() -> None:
         linear_logprob(torch.zeros(2, 3), weight, torch.tensor([0, 1]))
 
 
-def _shard(rank: int, port: int, path: str) -> None:
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head = torch.nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lm_head(x)
+
+
+def test_head_weight_is_what_the_model_computes() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = Model()
+    x = torch.randn(3, 4)
+
+    def logits() -> Tensor:
+        weight, bias = head_weight(model.lm_head)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    assert torch.equal(logits(), model(x))
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    wrapped = get_peft_model(model, config)
+    with pytest.raises(ValueError, match=r"active LoRA adapters \(default\).*target_modules"):
+        head_weight(model.lm_head)
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(logits(), wrapped(x))
+    wrapped.merge_adapter()
+    torch.testing.assert_close(logits(), wrapped(x))
+
+
+def test_head_weight_of_a_head_trained_in_full() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = torch.nn.Sequential()
+    model.body = torch.nn.Linear(4, 4)
+    model.lm_head = torch.nn.Linear(4, 6)
+    config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["lm_head"])
+    wrapped = get_peft_model(model, config)
+    head = model.lm_head
+    with torch.no_grad():
+        head.modules_to_save["default"].weight.add_(1.0)
+    assert head_weight(head)[0] is head.modules_to_save["default"].weight
+    with wrapped.disable_adapter():
+        assert head_weight(head)[0] is head.original_module.weight
+    with pytest.raises(ValueError, match="ReLU has no"):
+        head_weight(torch.nn.ReLU())
+
+
+def _shard(rank: int, port: int, path: str, mode: str) -> None:
+    os.environ["MMEDX_KERNELS"] = mode
+    if mode == "triton" and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -412,11 +464,11 @@ def _shard(rank: int, port: int, path: str) -> None:
     dist.destroy_process_group()
 
 
-def test_vocabulary_in_two_processes(tmp_path) -> None:
+def test_vocabulary_in_two_processes(tmp_path, implementation: str) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_shard, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(_shard, (port, str(tmp_path), implementation), nprocs=2)
     shards = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
     hidden, weight, targets, bias = problem(v=46, bias=True)
     banned = torch.tensor([2, 40])

@@ -3,12 +3,15 @@
 import ast
 import importlib.metadata
 import math
+import os
+import socket
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmedx_fast.kernels import _logits, _policy_math
@@ -723,3 +726,64 @@ def test_token_weights_count_what_they_are_told() -> None:
     assert token_weights(ids, "dr_grpo", max_completion_length=8)[0] == 1 / 16
     with pytest.raises(ValueError, match="max_completion_length"):
         token_weights(ids, "dr_grpo")
+
+
+SHARDED = [SPECS[5], SPECS[8], SPECS[9]]
+
+
+def _sharded(p, spec, weight, bias, **group) -> list[torch.Tensor]:
+    loss, metrics = linear_policy_loss(
+        p.hidden,
+        weight,
+        p.targets,
+        p.advantages,
+        token_weight=weights_of(p, spec).float(),
+        spec=spec,
+        sequence_id=p.sequence,
+        bias=bias,
+        banned=torch.tensor([0, V - 1]),
+        chunk=9,
+        **p.given,
+        **group,
+    )
+    grads = torch.autograd.grad(loss, [p.hidden, weight, bias])
+    return [loss.detach(), *metrics.values(), *grads]
+
+
+def _shard(rank: int, port: int, path: str, mode: str) -> None:
+    import torch.distributed as dist
+
+    os.environ["MMEDX_KERNELS"] = mode
+    if mode == "triton" and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for i, spec in enumerate(SHARDED):
+        p = _unbanned()
+        part = slice(0, 31) if rank == 0 else slice(31, V)
+        w, b = (x.detach()[part].clone().requires_grad_() for x in (p.weight, p.bias))
+        group = {"group": dist.group.WORLD, "vocab_start": part.start}
+        torch.save(_sharded(p, spec, w, b, **group), f"{path}/{i}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _unbanned():
+    p = problem(torch.float32)
+    p.targets = p.targets.clamp(1, V - 2)
+    return p
+
+
+def test_vocabulary_in_two_processes(tmp_path, implementation: str) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_shard, (port, str(tmp_path), implementation), nprocs=2)
+    for i, spec in enumerate(SHARDED):
+        p = _unbanned()
+        want = _sharded(p, spec, p.weight, p.bias)
+        left, right = (torch.load(tmp_path / f"{i}-{r}.pt", weights_only=True) for r in range(2))
+        whole = [*left[:-2], torch.cat([left[-2], right[-2]]), torch.cat([left[-1], right[-1]])]
+        for a, b in zip(whole, want, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+        for a, b in zip(left[:-2], right[:-2], strict=True):
+            assert torch.equal(a, b)
