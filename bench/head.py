@@ -68,6 +68,8 @@ def shapes(hidden: int, vocab: int, tokens: tuple[int, ...], length: int) -> tup
 
 SHAPES = {
     "tiny": shapes(32, 1000, (24, 96), 6),
+    # a real vocabulary on a CPU: minutes a shape, and several GB for whole logits
+    "cpu_large": shapes(512, 152064, (1024, 4096), 512),
     "qwen2_5_vl_7b": shapes(3584, 152064, (8192, 1024, 4096, 16384), 512),
     "qwen2_vl_2b": shapes(1536, 151936, (8192, 1024, 4096, 16384), 512),
 }

@@ -45,7 +45,7 @@ def test_an_op_is_whole(name: str) -> None:
     assert [p.kind for p in op.ordered()[:2]] == [OURS, FLOOR]
     assert sum(p.kind == FLOOR for p in op.providers) == 1
     assert len({p.name for p in op.providers}) == len(op.providers)
-    assert set(op.shapes) == set(SETS)
+    assert set(op.shapes) == {*SETS, *(["cpu_large"] if name in HEAD else [])}
     for shape in (shape for shapes in op.shapes.values() for shape in shapes):
         assert op.flops(shape.sizes) > 0 and op.bytes(shape.sizes, 2) > 0
         assert op.bytes(shape.sizes, 4) >= op.bytes(shape.sizes, 2)
@@ -310,7 +310,13 @@ def test_end_to_end_on_a_cpu(tmp_path, capsys, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--op", "no_such_op"], ["--shapes", "no_such_set"], ["--device", "cuda"]]
+    "arguments",
+    [
+        ["--op", "no_such_op"],
+        ["--shapes", "no_such_set"],
+        ["--op", "lora_merge", "--device", "cpu", "--shapes", "cpu_large"],
+        ["--device", "cuda"],
+    ],
 )
 def test_bad_arguments_are_named(arguments: list[str], capsys) -> None:
     if arguments[-1] == "cuda" and torch.cuda.is_available():
