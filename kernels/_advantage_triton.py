@@ -7,7 +7,7 @@ segment table, no atomics; contiguous questions cost O(B) id comparisons a progr
 to O(B^2) in all. Blocks start at multiples of their size, and merging a block without siblings changes
 no bit, so the members of a group get the same statistics whichever program they are in.
 
-The last program takes the means of the rewards instead.
+The first M programs take the mean of a reward each instead.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def _load_weights(weights, M, MP: tl.constexpr):
 
 @triton.jit
 def _merge(n, mean, m2, x, use, AXIS: tl.constexpr):
-    """Running count, mean and sum of squared deviations, with the chosen entries of x added."""
-    n_new = tl.sum(use.to(tl.float64), AXIS, keep_dims=True)
-    mean_new = tl.sum(tl.where(use, x, 0.0), AXIS, keep_dims=True) / tl.maximum(n_new, 1.0)
-    deviation = tl.where(use, x - mean_new, 0.0)
-    m2_new = tl.sum(deviation * deviation, AXIS, keep_dims=True)
+    """Running count, mean and sum of squared deviations, with the chosen entries of x along AXIS added."""
+    n_new = tl.sum(use.to(tl.float64), AXIS)
+    mean_new = tl.sum(tl.where(use, x, 0.0), AXIS) / tl.maximum(n_new, 1.0)
+    deviation = tl.where(use, x - tl.expand_dims(mean_new, AXIS), 0.0)
+    m2_new = tl.sum(deviation * deviation, AXIS)
     total = n + n_new
     delta = mean_new - mean
     share = n_new / tl.maximum(total, 1.0)
@@ -68,21 +68,20 @@ def _sd(n, m2, DDOF: tl.constexpr):
 
 
 @triton.jit
-def _store_reward_means(
-    rewards, reward_mean, B, M, stride_b, stride_m, MP: tl.constexpr, SPAN: tl.constexpr
-):  # fmt: skip
-    """Mean of every reward over the rollouts it applies to."""
-    n = tl.zeros((1, MP), tl.float64)
-    total = tl.zeros((1, MP), tl.float64)
+def _store_reward_mean(rewards, reward_mean, m, B, stride_b, stride_m, SPAN: tl.constexpr):
+    """Mean of reward m over the rollouts it applies to."""
+    n = tl.zeros((SPAN,), tl.float64)
+    total = tl.zeros((SPAN,), tl.float64)
+    column = rewards + m.to(tl.int64) * stride_m
     for base in range(0, B, SPAN):
         j = base + tl.arange(0, SPAN)
-        x = _load_rewards(rewards, j, j < B, stride_b, stride_m, M, MP)
-        applies = x == x
-        n += tl.sum(applies.to(tl.float64), 0, keep_dims=True)
-        total += tl.sum(tl.where(applies, x, 0.0), 0, keep_dims=True)
-    m = tl.arange(0, MP)[None, :]
-    mean = tl.where(n > 0, total / tl.maximum(n, 1.0), float("nan"))
-    tl.store(reward_mean + m, mean.to(tl.float32), mask=m < M)
+        x = tl.load(column + j.to(tl.int64) * stride_b, mask=j < B, other=float("nan"))
+        x = x.to(tl.float64)
+        n += (x == x).to(tl.float64)
+        total += tl.where(x == x, x, 0.0)
+    count = tl.sum(n, 0)
+    mean = tl.where(count > 0, tl.sum(total, 0) / tl.maximum(count, 1.0), float("nan"))
+    tl.store(reward_mean + m, mean.to(tl.float32))
 
 
 @triton.jit
@@ -104,17 +103,17 @@ def _batch_sd(
     rewards, weights, B, M, stride_b, stride_m,
     DDOF: tl.constexpr, MP: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """[1, 1] standard deviation of the weighted sums of all valid rollouts."""
-    n = tl.zeros((1, 1), tl.float64)
-    mean = tl.zeros((1, 1), tl.float64)
-    m2 = tl.zeros((1, 1), tl.float64)
+    """[1] standard deviation of the weighted sums of all valid rollouts."""
+    n = tl.zeros((1,), tl.float64)
+    mean = tl.zeros((1,), tl.float64)
+    m2 = tl.zeros((1,), tl.float64)
     for base in range(0, B, SPAN):
         j = base + tl.arange(0, SPAN)
         x = _load_rewards(rewards, j, j < B, stride_b, stride_m, M, MP)
         applies = x == x
-        valid = tl.max(applies.to(tl.int32), 1, keep_dims=True) > 0
-        reward = tl.sum(tl.where(applies, x * weights, 0.0), 1, keep_dims=True)
-        n, mean, m2 = _merge(n, mean, m2, reward, valid, 0)
+        valid = tl.max(applies.to(tl.int32), 1) > 0
+        reward = tl.sum(tl.where(applies, x * weights, 0.0), 1)
+        n, mean, m2 = _merge(n, mean, m2, reward[None, :], valid[None, :], 1)
     return _sd(n, m2, DDOF)
 
 
@@ -122,48 +121,48 @@ def _batch_sd(
 def _store_rows(
     rewards, group, guideline, reward_weights, guideline_weights,
     floats, counts, flags, handoff,
-    B, M, K, stride_b, stride_m, stride_g, stride_k, within, between, eps,
+    block, B, M, K, stride_b, stride_m, stride_g, stride_k, within, between, eps,
     NORMALIZE: tl.constexpr, SCALE: tl.constexpr, LEAVE_ONE_OUT: tl.constexpr, DDOF: tl.constexpr,
     MP: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, SCAN: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Advantage and statistics of rollouts pid * BI .. pid * BI + BI - 1. Per-rollout values are columns [BI, 1]."""
-    i = (tl.program_id(0) * BI + tl.arange(0, BI))[:, None]
+    """Advantage and statistics of rollouts block * BI .. block * BI + BI - 1."""
+    i = block * BI + tl.arange(0, BI)
     mine = i < B
     # rows past the end repeat the last rollout, so that they widen nothing
     at = tl.minimum(i, B - 1).to(tl.int64)
     question = tl.load(group + at * stride_g).to(tl.int64)
     criterion = tl.load(guideline + at * stride_k).to(tl.int64)
-    low = tl.min(tl.min(question, 1), 0)
-    high = tl.max(tl.max(question, 1), 0)
+    low = tl.min(question, 0)
+    high = tl.max(question, 0)
     start, stop = _stretch(group, low, high, B, stride_g, SCAN)
     start = start // BJ * BJ
     weights = _load_weights(reward_weights, M, MP)
 
-    if NORMALIZE:  # moments of each reward over the rollout's question, [BI, 1, MP]
-        n_m = tl.zeros((BI, 1, MP), tl.float64)
-        mean_m = tl.zeros((BI, 1, MP), tl.float64)
-        m2_m = tl.zeros((BI, 1, MP), tl.float64)
+    if NORMALIZE:  # moments of each reward over the rollout's question
+        n_m = tl.zeros((BI, MP), tl.float64)
+        mean_m = tl.zeros((BI, MP), tl.float64)
+        m2_m = tl.zeros((BI, MP), tl.float64)
         for base in range(start, stop, BJ):
             j = base + tl.arange(0, BJ)
             ids = tl.load(group + j.to(tl.int64) * stride_g, mask=j < B, other=0).to(tl.int64)
             if (tl.max(ids, 0) >= low) & (tl.min(ids, 0) <= high):
                 x = _load_rewards(rewards, j, j < B, stride_b, stride_m, M, MP)[None, :, :]
-                same = ((question == ids[None, :]) & (j < B)[None, :])[:, :, None]
+                same = ((question[:, None] == ids[None, :]) & (j < B)[None, :])[:, :, None]
                 n_m, mean_m, m2_m = _merge(n_m, mean_m, m2_m, x, same & (x == x), 1)
-        weights_m = weights[:, None, :] / (_sd(n_m, m2_m, DDOF) + eps)
+        weights_m = weights / (_sd(n_m, m2_m, DDOF) + eps)
 
-    n_p = tl.zeros((BI, 1), tl.float64)
-    mean_p = tl.zeros((BI, 1), tl.float64)
-    m2_p = tl.zeros((BI, 1), tl.float64)
-    n_pk = tl.zeros((BI, 1), tl.float64)
-    mean_pk = tl.zeros((BI, 1), tl.float64)
-    m2_pk = tl.zeros((BI, 1), tl.float64)
-    least = tl.full((BI, 1), float("inf"), tl.float64)
-    most = tl.full((BI, 1), float("-inf"), tl.float64)
-    reward = tl.zeros((BI, 1), tl.float64)
-    valid = tl.zeros((BI, 1), tl.int32)
-    first_p = tl.zeros((BI, 1), tl.int32) + B
-    first_pk = tl.zeros((BI, 1), tl.int32) + B
+    n_p = tl.zeros((BI,), tl.float64)
+    mean_p = tl.zeros((BI,), tl.float64)
+    m2_p = tl.zeros((BI,), tl.float64)
+    n_pk = tl.zeros((BI,), tl.float64)
+    mean_pk = tl.zeros((BI,), tl.float64)
+    m2_pk = tl.zeros((BI,), tl.float64)
+    least = tl.full((BI,), float("inf"), tl.float64)
+    most = tl.full((BI,), float("-inf"), tl.float64)
+    reward = tl.zeros((BI,), tl.float64)
+    valid = tl.zeros((BI,), tl.int32)
+    first_p = tl.zeros((BI,), tl.int32) + B
+    first_pk = tl.zeros((BI,), tl.int32) + B
     for base in range(start, stop, BJ):
         j = base + tl.arange(0, BJ)
         inside = j < B
@@ -174,24 +173,24 @@ def _store_rows(
             applies = x == x
             valid_j = tl.max(applies.to(tl.int32), 1)[None, :]
             if NORMALIZE:  # with the row's moments, which are column j's too where it counts
-                z = (x[None, :, :] - mean_m) * weights_m
+                z = (x[None, :, :] - mean_m[:, None, :]) * weights_m[:, None, :]
                 value = tl.sum(tl.where(applies[None, :, :], z, 0.0), 2)
             else:
                 value = tl.sum(tl.where(applies, x * weights, 0.0), 1)[None, :]
-            same = (question == ids[None, :]) & inside[None, :]
-            pair = same & (criterion == ks[None, :])
-            itself = i == j[None, :]
+            same = (question[:, None] == ids[None, :]) & inside[None, :]
+            pair = same & (criterion[:, None] == ks[None, :])
+            itself = i[:, None] == j[None, :]
             use = same & (valid_j > 0)
             n_p, mean_p, m2_p = _merge(n_p, mean_p, m2_p, value, use, 1)
             n_pk, mean_pk, m2_pk = _merge(n_pk, mean_pk, m2_pk, value, use & pair, 1)
-            least = tl.minimum(least, tl.min(tl.where(use, value, float("inf")), 1, keep_dims=True))
-            most = tl.maximum(most, tl.max(tl.where(use, value, float("-inf")), 1, keep_dims=True))
-            reward += tl.sum(tl.where(itself, value, 0.0), 1, keep_dims=True)
-            valid += tl.sum(tl.where(itself, valid_j, 0), 1, keep_dims=True)
+            least = tl.minimum(least, tl.min(tl.where(use, value, float("inf")), 1))
+            most = tl.maximum(most, tl.max(tl.where(use, value, float("-inf")), 1))
+            reward += tl.sum(tl.where(itself, value, 0.0), 1)
+            valid += tl.sum(tl.where(itself, valid_j, 0), 1)
             column = tl.where(same, j[None, :], B)
-            first_p = tl.minimum(first_p, tl.min(column, 1, keep_dims=True))
+            first_p = tl.minimum(first_p, tl.min(column, 1))
             column = tl.where(pair, j[None, :], B)
-            first_pk = tl.minimum(first_pk, tl.min(column, 1, keep_dims=True))
+            first_pk = tl.minimum(first_pk, tl.min(column, 1))
     sd_p = _sd(n_p, m2_p, DDOF)
     sd_pk = _sd(n_pk, m2_pk, DDOF)
 
@@ -249,13 +248,14 @@ def _advantage_kernel(
     NORMALIZE: tl.constexpr, SCALE: tl.constexpr, LEAVE_ONE_OUT: tl.constexpr, DDOF: tl.constexpr,
     MP: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, SCAN: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(0) == tl.num_programs(0) - 1:
-        _store_reward_means(rewards, reward_mean, B, M, stride_b, stride_m, MP, SPAN)
+    program = tl.program_id(0)
+    if program < M:
+        _store_reward_mean(rewards, reward_mean, program, B, stride_b, stride_m, SCAN)
     else:
         _store_rows(
             rewards, group, guideline, reward_weights, guideline_weights,
             floats, counts, flags, handoff,
-            B, M, K, stride_b, stride_m, stride_g, stride_k, within, between, eps,
+            program - M, B, M, K, stride_b, stride_m, stride_g, stride_k, within, between, eps,
             NORMALIZE, SCALE, LEAVE_ONE_OUT, DDOF, MP, BI, BJ, SCAN, SPAN,
         )  # fmt: skip
 
@@ -272,7 +272,7 @@ def _rescale_kernel(
     for base in range(0, B, SPAN):
         j = base + tl.arange(0, SPAN)
         reward = tl.load(handoff + B + j, mask=j < B, other=float("nan"))
-        n, mean, m2 = _merge(n, mean, m2, reward, reward == reward, 0)
+        n, mean, m2 = _merge(n, mean, m2, reward[None, :], (reward == reward)[None, :], 1)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     advantage = tl.load(handoff + i, mask=i < B) / (_sd(n, m2, DDOF) + eps)
     tl.store(floats + i, advantage.to(tl.float32), mask=i < B)
@@ -326,7 +326,7 @@ def guideline_advantages_triton(
     blocks, warps = _blocks(b, m, normalize)
     options = launch_options(warps, 1)
     with torch.cuda.device_of(rewards):
-        _advantage_kernel[(triton.cdiv(b, blocks["BI"]) + 1,)](
+        _advantage_kernel[(m + triton.cdiv(b, blocks["BI"]),)](
             rewards, group, guideline,
             None if reward_weights is None else reward_weights.contiguous(),
             None if guideline_weights is None else guideline_weights.contiguous(),

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +111,17 @@ def ragged(seed=0, rewards=3, nan=0.3) -> tuple[Tensor, Tensor, Tensor]:
     return table, group, guideline
 
 
+def big(count: int, rewards: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    table = torch.rand(count, rewards, generator=g)
+    table[torch.rand(table.shape, generator=g) < 0.1] = torch.nan
+    group, guideline = torch.arange(count) // 16, torch.arange(count) // 4 % 4
+    if order == "shuffled":
+        perm = torch.randperm(count, generator=g)
+        group, guideline = group[perm], guideline[perm]
+    return table, group, guideline
+
+
 PER_ROLLOUT = (*PER_QUESTION, *PER_PAIR, "reward", "valid")
 
 
@@ -204,6 +216,41 @@ def test_any_grouping_equals_the_definition(implementation: str, small_tiles: No
     assert_same_bits(
         guideline_advantages(rewards, group, guideline, **options), (advantages, stats)
     )
+
+
+@pytest.fixture
+def large_batch_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The tiles of a large batch, whatever the size."""
+    _advantage_triton._blocks.cache_clear()
+    monkeypatch.setattr(_advantage_triton, "MANY_ROLLOUTS", 0)
+    yield
+    _advantage_triton._blocks.cache_clear()
+
+
+@pytest.mark.parametrize("tiles", ["usual", "large_batch_tiles"])
+@pytest.mark.parametrize("order", ["contiguous", "shuffled"])
+@pytest.mark.parametrize(("combine", "rewards"), [(COMBINE[0], 5), (COMBINE[1], 3)])
+def test_production_tiles_equal_the_torch_path(
+    combine: str,
+    rewards: int,
+    order: str,
+    tiles: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    if tiles != "usual":
+        request.getfixturevalue(tiles)
+    data = big(100, rewards, order)
+    for scale in ("guideline", "batch"):
+        found = []
+        for mode in ("torch", "triton"):
+            monkeypatch.setenv("MMEDX_KERNELS", mode)
+            found.append(guideline_advantages(*data, combine=combine, scale=scale))
+        (want, want_stats), (got, stats) = found
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+        for name, value in fields(stats).items():
+            expected = getattr(want_stats, name)
+            torch.testing.assert_close(value, expected, equal_nan=True, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("combine", COMBINE)
@@ -576,17 +623,6 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         guideline_advantages(**(arguments | change))
-
-
-def big(count: int, rewards: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(3)
-    table = torch.rand(count, rewards, generator=g)
-    table[torch.rand(table.shape, generator=g) < 0.1] = torch.nan
-    group, guideline = torch.arange(count) // 16, torch.arange(count) // 4 % 4
-    if order == "shuffled":
-        perm = torch.randperm(count, generator=g)
-        group, guideline = group[perm], guideline[perm]
-    return table, group, guideline
 
 
 @pytest.mark.gpu
