@@ -55,13 +55,21 @@ def register_torch(op: str) -> Callable[[F], F]:
     return keep
 
 
+def triton_is_installed() -> bool:
+    """Whether ``triton`` can be found, without importing it."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # an import hook may refuse it
+        return False
+
+
 def needs_cuda(device: torch.device) -> str | None:
     """The usual condition of a Triton op: a CUDA tensor and an importable ``triton``.
 
     CPU tensors are taken under Triton's interpreter (``TRITON_INTERPRET=1``) when
     ``MMEDX_KERNELS=triton`` asks for it: that is how the kernels are tested without a GPU.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not triton_is_installed():
         return "the triton package is not installed"
     interpreted = device.type == "cpu" and interpreting() and mode() == "triton"
     if device.type != "cuda" and not interpreted:

@@ -12,7 +12,6 @@ apply".
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -314,19 +313,9 @@ _library.impl("guideline_advantages", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("mmedx_fast::guideline_advantages", _shapes, lib=_library)
 
 
-def _triton_is_installed() -> bool:
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ImportError:  # an import hook may refuse it
-        return False
-
-
+@register_triton("guideline_advantages")
 def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Imported at the first use: a machine without a GPU does not wait for Triton."""
     from ._advantage_triton import guideline_advantages_triton
 
     return guideline_advantages_triton(*arguments)
-
-
-if _triton_is_installed():
-    register_triton("guideline_advantages")(_run_triton)

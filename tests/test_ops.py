@@ -152,10 +152,28 @@ def test_a_registered_kernel_is_used_where_it_can_run(registry, monkeypatch) -> 
     assert _dispatch.resolve("double", CPU) is registry
     monkeypatch.setenv(_dispatch.ENV, "triton")
     _dispatch.register_triton("double")(triton_double)
+    monkeypatch.setattr(_dispatch, "interpreting", lambda: False)
     with pytest.raises(RuntimeError, match="double cannot use Triton: the tensors are on cpu"):
         _dispatch.resolve("double", CPU)
-    monkeypatch.setenv(_dispatch.ENV, "auto")
+    monkeypatch.setattr(_dispatch, "interpreting", lambda: True)
+    assert _dispatch.resolve("double", CPU) is triton_double
+    monkeypatch.setenv(_dispatch.ENV, "auto")  # the interpreter is for tests: only where asked for
     assert _dispatch.resolve("double", CPU) is registry
+
+
+def test_paths_tells_what_each_op_takes_and_why(registry, monkeypatch) -> None:
+    monkeypatch.setattr(_dispatch, "interpreting", lambda: False)
+    path = {p.op: p for p in _dispatch.paths(CPU)}["double"]
+    assert (path.implementation, path.reason) == (
+        "torch",
+        "no Triton implementation is registered for it",
+    )
+    _dispatch.register_triton("double", refuse=lambda device: None)(lambda x: x)
+    path = {p.op: p for p in _dispatch.paths(CPU)}["double"]
+    assert (path.implementation, path.reason) == ("triton", "")
+    monkeypatch.setenv(_dispatch.ENV, "torch")
+    path = {p.op: p for p in _dispatch.paths(CPU)}["double"]
+    assert (path.implementation, path.reason) == ("torch", "MMEDX_KERNELS=torch")
 
 
 def test_unknown_mode_is_refused(registry, monkeypatch) -> None:
