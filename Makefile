@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each makes .venv and installs what it needs, then runs.
+# make demo | test | lint | bench | ablations: each makes .venv and installs what it needs, then runs.
 #
 #   PYTHON=python3.12          another interpreter (3.11 or newer)
 #   EXTRAS=cuda                what `make demo` installs; cpu unless told
@@ -26,7 +26,7 @@ METADATA := pyproject.toml setup.py requirements/constraints.txt
 CONSTRAINTS = $(if $(findstring cpu,$(EXTRAS)),-c requirements/constraints.txt)
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint bench help
+.PHONY: demo test lint bench ablations help
 .DELETE_ON_ERROR:
 
 help:
@@ -46,7 +46,12 @@ lint: $(WITH_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The ops against peers and floors, e.g. make bench ARGS="--op policy_loss --shapes qwen2_5_vl_7b"
 bench: $(WITH_DEV)
+	$(BIN)/python -m bench.run $(or $(ARGS),--op all)
+
+# The demo over three seeds and what it owes to its parts: about two hours on two cores.
+ablations: $(WITH_DEV)
 	for name in main gba ties linear adherence; do $(BIN)/python bench/ablate.py $$name $(ARGS) || exit 1; done
 
 # A stamp is written only after pip succeeded: an install that was cut off is taken up again.

@@ -111,7 +111,7 @@ def plan(
     instead of a tree. Raises ValueError when the model is neither on disk nor known.
     """
     assume = assume or Assumptions()
-    model = ModelShape.from_config(model_config or _find_model(cfg.model.path))
+    model = ModelShape.from_config(model_config or find_model(cfg.model.path))
     facts = _Facts(cfg, assume, model)
     stages = [facts.dsa(), facts.rollout(), facts.update(), facts.evaluation()]
     keys = ("flops", "flops_plain", "gpu_hours", "gpu_hours_plain")
@@ -336,7 +336,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _find_model(path: str) -> dict[str, Any]:
+def find_model(path: str) -> dict[str, Any]:
+    """The model's ``config.json``: of ``tiny``, of a folder, or of a name in the local hub cache."""
     if path == "tiny":
         from mmedx_fast.tiny import assets_folder
 

@@ -149,12 +149,12 @@ def _machine_problems(device: torch.device) -> list[str]:
 
 def _config(cfg: Config, device: torch.device, problems: list[str]) -> Iterator[tuple[str, str]]:
     from mmedx_fast.attention import choose_backend
-    from mmedx_fast.cost import _find_model
+    from mmedx_fast.cost import find_model
     from mmedx_fast.flops import ModelShape
 
     yield "model", f"{cfg.model.path}, {cfg.model.dtype}"
     try:
-        shape = ModelShape.from_config(_find_model(cfg.model.path))
+        shape = ModelShape.from_config(find_model(cfg.model.path))
     except ValueError as error:
         problems.append(str(error))
     else:
