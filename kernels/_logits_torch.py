@@ -51,7 +51,8 @@ class TorchTiles(Tiles):
         e = self._exp_of(z)
         stats[TOP, rows], stats[TARGET, rows], stats[OWNED, rows] = top, target, inside.to(z.dtype)
         if moment:
-            stats[MOMENT, rows] = torch.linalg.vecdot(e, z)
+            # row by row dot products that make no [n, V] product
+            stats[MOMENT, rows] = torch.bmm(e[:, None], z[:, :, None]).view(-1)
         self._drop_target(e, rows)
         stats[OTHERS, rows] = e.sum(1)
         self._resident = (rows, Tile(z, e, top))
@@ -90,8 +91,10 @@ class TorchTiles(Tiles):
         grad.scatter_(1, at, torch.where(inside, at_target, grad.gather(1, at).squeeze(1))[:, None])
         if cap is not None:
             grad.mul_(cap)
-        if dead.is_cuda or bool(dead.any()):
+        if dead.is_cuda:
             grad.masked_fill_(dead[:, None], 0.0)
+        else:  # the fewer rows the better, and nothing waits for this device
+            grad.index_fill_(0, dead.nonzero().squeeze(1), 0.0)
         return grad.to(self.head.weight.dtype)
 
     def _final(self, rows: slice) -> Tensor:
@@ -101,12 +104,13 @@ class TorchTiles(Tiles):
             self._loaded = None  # what follows overwrites it
         else:
             z = z.clone()
-        banned = None if self._banned is None or head.softcap is None else z == -torch.inf
         z = z if head.bias is None else z.add_(head.bias.detach())
         z = z.to(head.acc)
         if head.softcap is not None:
+            some = self._banned is not None or head.bias is not None
+            impossible = z == -torch.inf if some else None
             z.div_(head.softcap).tanh_().mul_(head.softcap)
-            z = z if banned is None else z.masked_fill_(banned, -torch.inf)
+            z = z if impossible is None else z.masked_fill_(impossible, -torch.inf)
         if head.temperature != 1.0:
             z.div_(head.temperature)
         return z

@@ -55,26 +55,23 @@ def _narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _capped(x, bias, cols, mask, softcap, ROUND: tl.constexpr):
-    """Raw logits in float32 with the bias and below the cap; ``ROUND``: the dtype they had before the bias.
-
-    A raw -inf is a banned id, and stays -inf below the cap.
-    """
-    banned = x == float("-inf")
+def _final(raw, bias, cols, mask, scale, softcap, impossible):
+    """What the softmax sees of raw logits; ``impossible`` for -inf, capped or not. NaN stays NaN."""
+    x = raw.to(tl.float32)
     if bias is not None:
         x += tl.load(bias + cols, mask=mask, other=0.0).to(tl.float32)
-        x = _narrow(x, ROUND).to(tl.float32)
+        x = _narrow(x, raw.dtype).to(tl.float32)
+    y = x
     if softcap is not None:
-        x = tl.where(banned, float("-inf"), softcap * _tanh(x / softcap))
-    return x
+        y = softcap * _tanh(x / softcap)
+    return tl.where(x < LOWEST, impossible, y * scale)
 
 
 @triton.jit
 def _load_logits(z, bias, cols, mask, scale, softcap):
-    """What the softmax sees, with FLOOR for -inf and off the mask. NaN stays NaN."""
-    raw = tl.load(z + cols, mask=mask, other=float("-inf")).to(tl.float32)
-    x = _capped(raw, bias, cols, mask, softcap, z.dtype.element_ty) * scale
-    return tl.where(x < LOWEST, LOWEST, x)
+    """A block of logits, with FLOOR for -inf and off the mask."""
+    raw = tl.load(z + cols, mask=mask, other=float("-inf"))
+    return _final(raw, bias, cols, mask, scale, softcap, LOWEST)
 
 
 @triton.jit
@@ -103,8 +100,7 @@ def _row_stats(
         total = tl.where(rise > 0, total * e + 1, total + e)
         top = tl.maximum(top, x)
     at = tl.where(owned, column, 0)
-    target = tl.load(z + at).to(tl.float32)
-    target = _capped(target, bias, at, owned, softcap, z.dtype.element_ty) * scale
+    target = _final(tl.load(z + at), bias, at, owned, scale, softcap, float("-inf"))
     highest = tl.max(top, 0)
     highest = tl.where(owned, tl.maximum(highest, target), highest)
     target = tl.where(owned, target - highest, float("nan"))

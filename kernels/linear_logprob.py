@@ -47,7 +47,7 @@ def linear_logprob(
         weight: [V, H] float, the head; with ``group`` this rank's rows of it.
         targets: [N] token ids.
         temperature: divides the logits after the cap, as an inference engine does before sampling.
-        bias: [V], added before the cap.
+        bias: [V], added before the cap; -inf makes a token impossible, below a cap too.
         softcap: z -> softcap * tanh(z / softcap), or None.
         logits_dtype: None or float32 (float64 for float64 inputs): logits keep the GEMM's
             accumulators. bfloat16 or

@@ -169,15 +169,16 @@ def test_strided_hidden_in_a_poisoned_buffer() -> None:
 
 
 @both
-def test_infinite_bias_rows_are_impossible_tokens() -> None:
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_infinite_bias_rows_are_impossible_tokens(softcap: float | None) -> None:
     hidden, weight, targets, _ = problem()
     bias = torch.zeros(127)
     bias[[1, 50, 126]] = -torch.inf
     targets = torch.where(torch.isin(targets, torch.tensor([1, 50, 126])), 2, targets)
-    got = linear_logprob(hidden, weight, targets, bias=bias)
+    got = linear_logprob(hidden, weight, targets, bias=bias, softcap=softcap)
     keep = bias.isfinite()
     index = keep.cumsum(0) - 1
-    want = linear_logprob(hidden, weight[keep], index[targets])
+    want = linear_logprob(hidden, weight[keep], index[targets], softcap=softcap)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=4e-6, rtol=1e-6)
     torch.testing.assert_close(
