@@ -62,7 +62,7 @@ def _delta(
     a_stride = tl.load(entry + 1)
     b_at = tl.load(entry + 2).to(tl.pointer_type(FACTOR))
     b_stride = tl.load(entry + 3)
-    rank = tl.load(entry + 4)
+    rank = tl.load(entry + 4).to(tl.int32)
     if ALIGNED:
         a_at = tl.multiple_of(a_at, 16)
         b_at = tl.multiple_of(b_at, 16)
@@ -113,8 +113,8 @@ def _lora_sample_kernel(
     blocks = tl.load(at + 1)
     target = tl.load(targets + unit)
     shape = shapes + (unit // EXPERTS) * _SHAPE
-    out = tl.load(shape)
-    width = tl.load(shape + 1)
+    out = tl.load(shape).to(tl.int32)
+    width = tl.load(shape + 1).to(tl.int32)
     base = tl.load(low + target)
     scale = tl.load(shift + target)
     lane = tl.arange(0, SIDE)
@@ -123,8 +123,8 @@ def _lora_sample_kernel(
     block = (pid % per_unit).to(tl.int64)
     while block < blocks:
         draw = ((unit << 20) + block * SIDE + lane).to(tl.uint32)
-        rows = (_mix(draw * 2).to(tl.int64) * out) >> 32
-        columns = (_mix(draw * 2 + 1).to(tl.int64) * width) >> 32
+        rows = ((_mix(draw * 2).to(tl.int64) * out) >> 32).to(tl.int32)
+        columns = ((_mix(draw * 2 + 1).to(tl.int64) * width) >> 32).to(tl.int32)
         delta = _delta(
             factors, scales, unit, rows, columns, out, width, R, STEP, FACTOR, DELTA, False, UPCAST
         )
@@ -143,14 +143,14 @@ def _lora_count_kernel(
     """One pass of a search over the tiles of one job; targets [L, E] (-1: no expert) name its counts."""
     job = jobs + tl.program_id(0) * 3
     linear = tl.load(job)
-    tile = tl.load(job + 1)
-    last = tl.load(job + 2)
-    out = tl.load(shapes + linear * _SHAPE)
-    width = tl.load(shapes + linear * _SHAPE + 1)
+    tile = tl.load(job + 1).to(tl.int32)
+    last = tl.load(job + 2).to(tl.int32)
+    out = tl.load(shapes + linear * _SHAPE).to(tl.int32)
+    width = tl.load(shapes + linear * _SHAPE + 1).to(tl.int32)
     if ALIGNED:
         width = tl.multiple_of(width, 8)
     down = tl.cdiv(out, ROWS)
-    for e in tl.static_range(EXPERTS):
+    for e in range(EXPERTS):
         unit = linear * EXPERTS + e
         target = tl.load(targets + unit)
         if target >= 0:
@@ -187,9 +187,9 @@ def _count_pairs(stats, signs, at, EXPERTS: tl.constexpr):
     directions, for all pairs."""
     changed = (signs | (signs >> 1)) & 0x55555555
     pairs: tl.constexpr = EXPERTS * (EXPERTS - 1) // 2
-    for i in tl.static_range(EXPERTS):
+    for i in range(EXPERTS):  # not unrolled, as the experts' loop
         stats = _put(stats, at + i, tl.sum((changed >> (2 * i)) & 1))
-        for j in tl.static_range(i):
+        for j in range(i):
             both = (changed >> (2 * i)) & (changed >> (2 * j)) & 1
             apart = both & ((signs >> (2 * i)) ^ (signs >> (2 * j)))
             # a tile has less than 2^16 elements: two counts fit one word
@@ -316,10 +316,10 @@ def _lora_apply_kernel(
     """
     pid = tl.program_id(0).to(tl.int64)
     linear = tl.load(jobs + pid * 3)
-    tile = tl.load(jobs + pid * 3 + 1)
-    last = tl.load(jobs + pid * 3 + 2)
-    out = tl.load(shapes + linear * _SHAPE)
-    width = tl.load(shapes + linear * _SHAPE + 1)
+    tile = tl.load(jobs + pid * 3 + 1).to(tl.int32)
+    last = tl.load(jobs + pid * 3 + 2).to(tl.int32)
+    out = tl.load(shapes + linear * _SHAPE).to(tl.int32)
+    width = tl.load(shapes + linear * _SHAPE + 1).to(tl.int32)
     if ALIGNED:
         width = tl.multiple_of(width, 8)
     down = tl.cdiv(out, ROWS)
@@ -334,7 +334,7 @@ def _lora_apply_kernel(
         magnitude = tl.zeros([ROWS, COLUMNS], tl.float32)
         plus = tl.zeros([ROWS, COLUMNS], tl.float32)
         minus = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for e in tl.static_range(EXPERTS):
+        for e in range(EXPERTS):  # not unrolled: several experts' tiles at once do not fit
             unit = linear * EXPERTS + e
             delta = _delta(
                 factors, scales, unit, rows, columns, out, width, R, STEP, FACTOR, DELTA, ALIGNED,
@@ -368,7 +368,6 @@ def _lora_apply_kernel(
             magnitude = plus - minus
         if ELECT != "weighted":
             voters = signs
-        stats = _count_pairs(stats, signs, 2 * EXPERTS, EXPERTS)
         stats = _count_conflicts(stats, signs, total, magnitude, EXPERTS * (EXPERTS + 2))
         if WRITE:
             update = weighted if WEIGHTED else total
@@ -381,5 +380,6 @@ def _lora_apply_kernel(
                 keys + (linear * (EXPERTS + 1) + EXPERTS) * 3, EXPERTS * (EXPERTS + 2) + 6,
                 BASE, STOCHASTIC, ALIGNED, UPCAST,
             )  # fmt: skip
+        stats = _count_pairs(stats, signs, 2 * EXPERTS, EXPERTS)
         tile += 1
     tl.store(stats_at + pid * STATS + tl.arange(0, STATS), stats)

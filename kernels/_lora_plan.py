@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,8 @@ class Plan:
 
     def jobs_of(self, first: int, last: int) -> Tensor:
         """The jobs of the linears first..last - 1."""
-        at = [i for i, linear in enumerate(self.job_linear) if first <= linear < last]
-        return self.jobs[at[0] : at[-1] + 1]
+        at = bisect_left(self.job_linear, first), bisect_left(self.job_linear, last)
+        return self.jobs[at[0] : at[1]]
 
 
 def make_plans(linears: Sequence[Linear], spec: MergeSpec, tile: tuple[int, int]) -> list[Plan]:

@@ -5,12 +5,10 @@ import importlib.util
 import json
 import math
 import warnings
-import weakref
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mmedx_fast.kernels import _lora_trim
 from mmedx_fast.kernels.lora_merge import (
@@ -24,6 +22,12 @@ from mmedx_fast.kernels.lora_merge import (
     model_conflicts,
     sum_reports,
 )
+
+_file = Path(__file__).with_name("_peak_memory.py")
+_spec = importlib.util.spec_from_file_location("peak_memory", _file)
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+PeakMemory = _module.PeakMemory
 
 # torch.sum over dim 0 adds in order only where the rest is a multiple of its vector width (else the
 # tail is added in another order), and equality with peft is asked bit for bit: 24 * 32 = 12 * 64
@@ -101,6 +105,33 @@ def test_other_methods_equal_peft(peft_merge, method: str, monkeypatch) -> None:
     else:
         want = getattr(peft_merge, method)(deltas, w, 0.4)
     assert torch.equal(merged(experts, spec, layer="q"), want)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.2, 0.999, 1.0])
+@pytest.mark.parametrize("election", ["total", "frequency"])
+def test_exact_products_make_ties_equal_peft(
+    peft_merge, implementation, election: str, density: float
+) -> None:
+    g = torch.Generator().manual_seed(2)
+    experts = [
+        # whole numbers, an expert by scale; magnitudes all differ, as topk keeps any of equal ones
+        LoraFactors(
+            torch.cat([torch.randperm(IN, generator=g)[None].float(), torch.ones(1, IN)]),
+            torch.stack([torch.ones(OUT), torch.randperm(OUT, generator=g) * float(IN)], 1),
+            sign * 0.5,
+        )
+        for sign in (1, -1, 1, -1)
+    ]
+    weights = (1.0, 0.5, 2.0, 0.1)
+    spec = MergeSpec(density=density, election=election, weights=weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = peft_merge.ties(dense(experts), torch.tensor(weights), density, election)
+    assert torch.equal(merged(experts, spec), want)
+    report = lora_conflicts(experts, spec)
+    assert report.tied.tolist() == [0] * 4
+    k = int(density * OUT * IN)
+    assert all(k - 1 <= kept <= k for kept in report.kept.tolist())  # one element is 0
 
 
 def brute_ties(experts, spec, thresholds=None):
@@ -214,7 +245,7 @@ def test_random_dropping_is_keyed_and_fair() -> None:
     assert not torch.equal(merged(experts, spec, layer="a"), merged(experts, spec, layer="b"))
 
 
-def test_report_equals_dense_statistics() -> None:
+def test_report_equals_dense_statistics(implementation) -> None:
     experts = factors(missing=(3,))
     density = 0.4
     report = lora_conflicts(experts, MergeSpec(density=density), tile=700)
@@ -263,7 +294,7 @@ def test_report_equals_dense_statistics() -> None:
     assert plain["threshold"][3] is None and len(plain["cosine"]) == 5
 
 
-def test_written_update_is_reported() -> None:
+def test_written_update_is_reported(implementation) -> None:
     experts = factors()
     spec = MergeSpec(lam=1e-3)
     update = merged(experts, spec)
@@ -334,6 +365,49 @@ def test_model_by_tensor_equals_one_by_one_and_reports_add_up() -> None:
     assert total.conflicts == sum(s.conflicts for s in singles)
 
 
+def test_one_expert_kept_whole_is_its_delta(implementation) -> None:
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-8, 9, s, generator=g).float() for s in ((5, IN), (OUT, 5)))
+    f = LoraFactors(a, b, 0.25)
+    assert torch.equal(merged([f], MergeSpec(density=1.0)), f.delta())
+    assert torch.equal(merged([None, f, None], MergeSpec(method="linear")), f.delta())
+
+
+def test_dare_linear_in_expectation_is_the_weighted_sum(implementation) -> None:
+    experts, weights = factors((4, 2)), (0.5, 2.0)
+    mean = MergeSpec(method="dare_linear", density=0.1, dare_mode="expectation", weights=weights)
+    plain = MergeSpec(method="linear", weights=weights)
+    assert torch.equal(merged(experts, mean), merged(experts, plain))
+    with pytest.raises(ValueError, match="dare_linear only"):
+        MergeSpec(method="dare_ties", dare_mode="expectation")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("start", [1.0, -1.0])
+def test_stochastic_rounding_is_right_on_average(implementation, dtype, start: float) -> None:
+    out, width = 64, 128
+    step = torch.finfo(dtype).eps * 0.3  # of the gap above 1; the gap towards 0 is half of that
+    f = LoraFactors(torch.full((1, width), step), torch.ones(out, 1))
+    results = {}
+    for rounding in ("nearest", "stochastic"):
+        base = torch.full((out, width), start, dtype=dtype)
+        report = lora_merge_(base, [f], MergeSpec(method="linear", rounding=rounding, seed=1))
+        results[rounding] = base.double()
+        lost = int((base == start).sum())
+        assert int(report.updates) == out * width and int(report.lost_updates) == lost
+    nearest, stochastic = results["nearest"], results["stochastic"]
+    gap = torch.finfo(dtype).eps * (1 if start > 0 else 0.5)
+    share = step / gap
+    n = out * width
+    assert set(stochastic.unique().tolist()) == {start, start + gap}
+    sigma = gap * math.sqrt(share * (1 - share) / n)
+    assert abs(float(stochastic.mean()) - (start + step)) < 5 * sigma
+    assert nearest.unique().numel() == 1
+    other = torch.full((out, width), start, dtype=dtype)
+    lora_merge_(other, [f], MergeSpec(method="linear", rounding="stochastic", seed=2))
+    assert not torch.equal(other.double(), stochastic)
+
+
 def test_nothing_is_written_when_one_linear_does_not_fit() -> None:
     weights, experts = model()
     weights["c"] = torch.zeros(OUT, IN + 1)
@@ -361,7 +435,7 @@ def test_mean_is_the_best_of_its_rank(rank: int) -> None:
     torch.testing.assert_close(uniform.delta(), want, atol=1e-4, rtol=1e-4)
 
 
-def test_core_space_merge() -> None:
+def test_core_space_merge(implementation) -> None:
     experts = factors()
     whole, energy = lora_merge_as_lora(experts, MergeSpec(method="linear", lam=0.5), rank=19)
     # without trimming or election the core's merge is the merge of the deltas
@@ -411,6 +485,8 @@ def test_experts_that_touch_nothing() -> None:
         {"density": 1.5},
         {"method": "dare_ties", "density": 0.0},
         {"lam": math.nan},
+        {"dare_mode": "mean"},
+        {"rounding": "up"},
         {"delta_dtype": torch.float64},
     ],
 )
@@ -429,36 +505,6 @@ def test_bad_factors_are_named() -> None:
         lora_conflicts(odd, MergeSpec(), layer="q")
     with pytest.raises(ValueError, match="2 weights for 5 experts"):
         lora_conflicts(factors(), MergeSpec(weights=(1.0, 2.0)))
-
-
-class PeakMemory(TorchDispatchMode):
-    """``peak``: the most bytes alive at once in storages first seen inside the context, beside the
-    ones given."""
-
-    def __init__(self, *known: torch.Tensor) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen = {t.untyped_storage()._cdata for t in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage())
-        return made
-
-    def _follow(self, storage) -> None:
-        key = storage._cdata
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, key, storage.nbytes())
-
-    def _release(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
 
 
 @pytest.mark.slow
