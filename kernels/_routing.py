@@ -93,4 +93,5 @@ def name_of(group: dist.ProcessGroup | None) -> str | None:
 
 
 def group_of(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
+    resolve_group: Any = dist.distributed_c10d._resolve_process_group
+    return resolve_group(name)

@@ -105,12 +105,15 @@ def head_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         ValueError: a LoRA adapter is active on the head, so that its weight alone is not what the model
             computes; a ZeRO-3-partitioned weight; a module without a [V, H] weight.
     """
+    wrapper: Any = module
     on = not getattr(module, "disable_adapters", False)
     active = [str(name) for name in getattr(module, "active_adapters", ())] if on else []
     copies = getattr(module, "modules_to_save", None)
     if copies is not None:
         trained = [name for name in active if name in copies]
-        return head_weight(copies[trained[0]] if trained else module.original_module)
+        return head_weight(
+            wrapper.modules_to_save[trained[0]] if trained else wrapper.original_module
+        )
     if hasattr(module, "base_layer"):
         loras = [name for name in active if name in getattr(module, "lora_A", ())]
         if loras and not getattr(module, "merged", False):
@@ -118,7 +121,7 @@ def head_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
                 f"{type(module).__name__} is a head with active LoRA adapters ({', '.join(loras)}), which "
                 "its weight does not contain: leave the head out of target_modules, or merge the adapters"
             )
-        return head_weight(module.base_layer)
+        return head_weight(wrapper.base_layer)
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if weight is None or (weight.dim() != 2 and getattr(weight, "ds_id", None) is None):
         raise ValueError(f"{type(module).__name__} has no [V, H] weight: it is not a linear head")

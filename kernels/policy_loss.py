@@ -62,6 +62,9 @@ def linear_policy_loss(
     Nothing is divided inside: the weights carry every normaliser (see :func:`token_weights`), so
     the losses, gradients and metrics of micro-batches and ranks add up to those of the whole batch.
 
+    The gradient of the logits is rounded once, to the weight's dtype, before any later loss scale: with
+    float16 weights, put the scale into ``token_weight`` and ``entropy_weight``.
+
     Args:
         hidden: [N, H] float, the states that predict ``targets``; response tokens only.
         weight, bias, softcap, banned, chunk: as in :func:`linear_logprob`; ``weight`` and ``bias``
@@ -197,7 +200,8 @@ def _forward(
         if len(targets) == 0:
             zero = hidden.new_zeros((), dtype=acc)
             return zero, zero.new_zeros(2), *grads.result()
-        sequences, lengths = None, []
+        sequences: Sequences | None = None
+        lengths: list[int] = []
         if spec.by_sequence:
             assert sequence_id is not None
             sequences, lengths = Sequences.of(sequence_id)
@@ -235,10 +239,10 @@ class _Sweep:
         return self._result[1]
 
     def run(self, sequences: Sequences | None, lengths: list[int]) -> None:
-        one_sweep = getattr(self._tiles, "policy", None)
-        fused = one_sweep is not None and self._group is None and sequences is None
+        by_tokens = self._group is None and sequences is None and self._grads.any
+        one_sweep = getattr(self._tiles, "policy", None) if by_tokens else None
         for rows, part in _parts(self._tiles.spans, sequences, lengths):
-            if fused and self._grads.any:
+            if one_sweep is not None:
                 dz = one_sweep(rows, self._tokens, self._spec, self._result)
             else:
                 dz = self._by_steps(rows, part)
