@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._logits_triton import (
     BLOCK,
+    BLOCK_CAPPED,
     WARPS,
     TritonTiles,
     _fill_zero,
@@ -163,7 +164,7 @@ class TritonPolicyTiles(TritonTiles):
             math.inf if most is None else most,
             CISPO=cispo, KL=int(spec.kl_estimator[1]), BIAS_CORRECTION=spec.use_bias_correction_kl,
             MASK=spec.importance_sampling_correction == "token_mask",
-            BARRIER=shares_bytes(z, out), BLOCK=BLOCK, **launch_options(WARPS, 1),
+            BARRIER=shares_bytes(z, out), BLOCK=head.block, **launch_options(WARPS, 1),
         )  # fmt: skip
         return out
 
@@ -213,6 +214,6 @@ COMPILE_CASES = [
     _case("k2 truncate", (*_PLAIN, *_NO_ENTROPY), KL=2, BIAS_CORRECTION=False),
     _case("entropy delta mask", ("bias", "softcap"), KL=1, MASK=True),
     _case("cispo entropy", _PLAIN, CISPO=True),
-    _case("all", ()),
+    _case("all", (), BLOCK=BLOCK_CAPPED),
     _case("float32 weight", (*_PLAIN, *_NO_ENTROPY, "ref", "rollout"), BARRIER=False),
 ]

@@ -23,7 +23,7 @@ NAN = float("nan")
 def _many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a few hundred logits take several blocks."""
     monkeypatch.setattr(lt, "BLOCK", SMALL_BLOCK)
-    monkeypatch.setattr(pt, "BLOCK", SMALL_BLOCK)
+    monkeypatch.setattr(lt, "BLOCK_CAPPED", SMALL_BLOCK)
 
 
 def tile(n: int, vocab: int, dtype: torch.dtype = torch.float32, scale: float = 4.0):
