@@ -15,8 +15,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton import dot
-
 # Columns of ``Plan.shapes`` and ``Plan.factors``, in order.
 _SHAPE: tl.constexpr = tl.constexpr(5)
 _FACTOR: tl.constexpr = tl.constexpr(5)
@@ -81,7 +79,10 @@ def _delta(
                 a_at + k.to(tl.int64)[:, None] * a_stride + columns[None, :],
                 mask=(k < rank)[:, None] & (columns < width)[None, :], other=0.0,
             )  # fmt: skip
-            acc = dot(b, a, acc, UPCAST=UPCAST)
+            if UPCAST:  # the interpreter's dot of bf16 is wrong
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            acc = tl.dot(b, a, acc, input_precision="ieee")
     delta = acc * tl.load(scales + unit)
     if DELTA != tl.float32:
         delta = _rounded(delta, DELTA, UPCAST).to(tl.float32)

@@ -56,7 +56,7 @@ class _Wave:
 
 def step_of(rank: int, factor: torch.dtype) -> int:
     """Ranks per dot: without matrix instructions (fp32) operands are held in registers."""
-    return min(rank, 16 if factor == torch.float32 else 64)
+    return min(rank, 32 if factor == torch.float32 else 64)
 
 
 def tile_options(plan: Plan, spec: MergeSpec) -> dict[str, Any]:

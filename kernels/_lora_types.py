@@ -278,7 +278,7 @@ class ConflictReport:
 
     def subspace_overlap(self, side: str = "output") -> Tensor:  # [E, E]
         """Mean over linears of |Ui^T Uj|_F^2 / min(rank), U the deltas' column (output) or row
-        (input) space."""
+        (input) space; singular values below 1e-6 of a delta's largest count as 0."""
         total = {"output": self.output_overlap, "input": self.input_overlap}[side]
         return _divide(total, self.pair_linears)
 

@@ -65,7 +65,9 @@ def lora_merge_(
     """Add lam * merge(deltas) to ``base_weight`` in place, and report the conflicts met on the way.
 
     Sums are formed in float32 (float64 for a float64 base) and rounded once to the base's dtype;
-    ``report.lost_updates`` counts updates too small to survive that. See :func:`lora_conflicts` for
+    ``report.lost_updates`` counts updates too small to survive that. Deltas are float64 products in
+    plain torch; Triton multiplies 16-bit factors exactly and adds in float32, and rounds factors of
+    other or mixed dtypes to float32 (a copy of them) first. See :func:`lora_conflicts` for
     the arguments; with ``trim_scope='global'`` this linear is the whole model (use
     :func:`merge_model_` for several).
 

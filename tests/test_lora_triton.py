@@ -300,7 +300,8 @@ def test_a_search_recovers_from_any_first_interval(bins: int, lie) -> None:
     if lie:
         false = torch.full((1 << 14,), 1e-30 if lie == "low" else 1e30).view(torch.int32).long()
         for _ in range(2):
-            search.aim(*count(false), len(false), torch.full_like(ranks, len(x)))
+            counts, above = count(false)
+            search.aim(counts, above, len(false), torch.full_like(ranks, len(x)))
     passes = 0
     while not search.found.all():
         search.narrow(*count(patterns))
