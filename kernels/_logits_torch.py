@@ -10,6 +10,9 @@ from torch import Tensor
 from ._dispatch import register_torch
 from ._logits import FLOOR, MOMENT, OTHERS, OWNED, TARGET, TOP, Head, Tiles
 
+# Columns of a product that is summed at once.
+SLAB = 1 << 13
+
 
 @dataclass
 class Tile:
@@ -51,8 +54,7 @@ class TorchTiles(Tiles):
         e = self._exp_of(z)
         stats[TOP, rows], stats[TARGET, rows], stats[OWNED, rows] = top, target, inside.to(z.dtype)
         if moment:
-            # row by row dot products that make no [n, V] product
-            stats[MOMENT, rows] = torch.bmm(e[:, None], z[:, :, None]).view(-1)
+            stats[MOMENT, rows] = _row_dots(e, z)
         self._drop_target(e, rows)
         stats[OTHERS, rows] = e.sum(1)
         self._resident = (rows, Tile(z, e, top))
@@ -146,3 +148,11 @@ class TorchTiles(Tiles):
             return None
         cap = (tile.z + tile.top[:, None]).mul_(self.head.temperature / self.head.softcap)
         return cap.clamp_(-1, 1).square_().neg_().add_(1)
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """[n] sums of a * b [n, V] by slabs: no product as large as the tile, and the digits of a pairwise sum."""
+    total = a.new_zeros(len(a))
+    for left, right in zip(a.split(SLAB, 1), b.split(SLAB, 1), strict=True):
+        total += (left * right).sum(1)
+    return total
