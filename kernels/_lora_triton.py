@@ -14,7 +14,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._dispatch import register_triton
 from ._lora_gram import interference
 from ._lora_kernels import _lora_apply_kernel, _lora_count_kernel, _lora_sample_kernel
 from ._lora_plan import Plan, make_plans
@@ -36,7 +35,6 @@ from ._lora_types import ConflictReport, Linear, MergeSpec
 from ._triton import CompileCase
 
 
-@register_triton("lora_merge")
 @torch.no_grad()
 def merge_triton(
     linears: Sequence[Linear], spec: MergeSpec, tile: int | None, on_linear: OnLinear | None

@@ -9,20 +9,16 @@ factors' Gram matrices.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._dispatch import resolve
+from ._dispatch import register_triton, resolve
 from ._lora_lowrank import core_factors, lora_mean, truncated
 from ._lora_torch import Merged, OnLinear
 from ._lora_types import ConflictReport, Experts, Linear, LoraFactors, MergeSpec, sum_reports
-
-if importlib.util.find_spec("triton") is not None:
-    from . import _lora_triton  # noqa: F401
 
 __all__ = [
     "ConflictReport",
@@ -216,6 +212,16 @@ def _merge(
     ]
     by_name = {report.name: report for report in found}
     return Merged([by_name[linear.name] for linear in linears])
+
+
+@register_triton("lora_merge")
+def _merge_triton(
+    linears: Sequence[Linear], spec: MergeSpec, tile: int | None, on_linear: OnLinear | None
+) -> Merged:
+    """Imported when it is called: Triton may be absent."""
+    from ._lora_triton import merge_triton
+
+    return merge_triton(linears, spec, tile, on_linear)
 
 
 def _gathered(linear: Linear) -> Linear:
