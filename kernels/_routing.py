@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -53,6 +52,7 @@ def tiles_for(
     return build(hidden, head, targets.long(), chunk, kept=kept, filled=filled)
 
 
+@register_triton("linear_logprob")
 def _logprob_tiles(*args: Any, **kwargs: Any) -> TileOps:
     """Imported at the first use: a machine without a GPU does not wait for Triton."""
     from ._logits_triton import TritonTiles
@@ -60,22 +60,11 @@ def _logprob_tiles(*args: Any, **kwargs: Any) -> TileOps:
     return TritonTiles(*args, **kwargs)
 
 
+@register_triton("linear_policy_loss")
 def _policy_tiles(*args: Any, **kwargs: Any) -> TileOps:
     from ._policy_triton import TritonPolicyTiles
 
     return TritonPolicyTiles(*args, **kwargs)
-
-
-def _triton_is_installed() -> bool:
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ImportError:  # an import hook may refuse it
-        return False
-
-
-if _triton_is_installed():
-    register_triton("linear_logprob")(_logprob_tiles)
-    register_triton("linear_policy_loss")(_policy_tiles)
 
 
 def register_op(

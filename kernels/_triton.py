@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import triton
-import triton.language as tl
 
 # Fixed when Triton is imported: its own library functions are decorated then.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -46,13 +45,3 @@ def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
     """Keyword arguments of a launch that :class:`CompileCase` compiles alike."""
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FP_FUSION}
 
-
-@triton.jit
-def dot(a, b, acc=None, UPCAST: tl.constexpr = False, PRECISION: tl.constexpr = "ieee"):
-    """a @ b with fp32 accumulators. ``UPCAST`` under the interpreter, whose bf16 dot is wrong (3.6 and 3.9)."""
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    if acc is None:
-        return tl.dot(a, b, input_precision=PRECISION)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
