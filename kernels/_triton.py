@@ -44,4 +44,3 @@ class CompileCase:
 def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
     """Keyword arguments of a launch that :class:`CompileCase` compiles alike."""
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": FP_FUSION}
-

@@ -221,6 +221,8 @@ class CaciConfig(Section):
     trim_scope: Literal["tensor", "global"] = "tensor"
     election: Literal["total", "weighted", "frequency"] = "total"
     divisor: Literal["count", "weight"] = "count"
+    dare_mode: Literal["sample", "expectation"] = "sample"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     expert_weight: float = Field(1.0, ge=0)
     rl_weight: tuple[float, ...] = (1.0,)
     """Weight of the RL model beside each expert's; several values are tried on the validation set."""
@@ -236,6 +238,8 @@ class CaciConfig(Section):
         bad = [d for d in self.density if not 0 < d <= 1]
         if bad:
             raise ValueError(f"density must lie in (0, 1], got {bad}")
+        if self.method == "dare_ties" and self.dare_mode == "expectation":
+            raise ValueError("dare_mode: expectation is exact for dare_linear only, not dare_ties")
         return self
 
 

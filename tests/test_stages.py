@@ -179,3 +179,14 @@ def test_token_weights_of_a_steps_rows_add_up_to_one_mean(loss_type: str) -> Non
         "dr_grpo": [1 / 15] * 10,
     }[loss_type]
     torch.testing.assert_close(torch.cat(weights), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(("free", "device"), [(2.1, "cuda"), (1.9, "cpu")])
+def test_the_merge_runs_on_the_gpu_where_it_fits(free, device, monkeypatch, caplog) -> None:
+    from mmedx_fast.stages.caci import merge_device
+
+    assert merge_device(1) == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 1.1 * 2**30), 80 * 2**30))
+    assert merge_device(2 * 2**30) == torch.device(device)
+    assert ("1.9" in caplog.text or "2.1 GiB" in caplog.text) == (device == "cpu")

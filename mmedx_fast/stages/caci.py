@@ -21,6 +21,8 @@ from mmedx_fast.stages.dsa import expert_adapter
 from mmedx_fast.stages.gba import gba_stage, rl_adapter
 
 if TYPE_CHECKING:
+    import torch
+
     from mmedx_fast.ops import LoraFactors, MergeSpec
 
 LOG = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ def candidates(caci: CaciConfig, experts: int) -> list[MergeSpec]:
             trim_scope=caci.trim_scope,
             election=caci.election,
             divisor=caci.divisor,
+            dare_mode=caci.dare_mode,
+            rounding=caci.rounding,
             lam=scale,
             weights=(caci.expert_weight,) * (experts - 1) + (rl_weight,),
             seed=caci.seed,
@@ -75,7 +79,8 @@ def run_conflicts(ctx: Context) -> dict[str, Any]:
     sources = merge_sources(ctx)
     factors = _read(sources)
     spec = candidates(ctx.cfg.caci, len(sources))[0]
-    with progress(len(factors), "Conflicts", unit="linear") as bar:
+    with ctx.engine_asleep(), progress(len(factors), "Conflicts", unit="linear") as bar:
+        factors = _moved(factors, merge_device(_factor_bytes(factors)))
         report = model_conflicts(factors, spec, on_linear=lambda *_: bar.update(1))
     document = {
         "experts": list(sources),
@@ -140,16 +145,53 @@ def write_merged(ctx: Context, factors: Factors, spec: MergeSpec, folder: Path) 
         local_files_only=ctx.cfg.model.offline,
         trust_remote_code=ctx.cfg.model.trust_remote_code,
     )
-    weights = {
-        name.removesuffix(".weight"): param.data
-        for name, param in model.named_parameters()
-        if param.dim() == 2 and name.endswith(".weight")
-    }
-    with torch.no_grad():
-        report = merge_model_(weights, factors, spec)
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    with ctx.engine_asleep():
+        model.to(merge_device(needed + _factor_bytes(factors)))
+        weights = {
+            name.removesuffix(".weight"): param.data
+            for name, param in model.named_parameters()
+            if param.dim() == 2 and name.endswith(".weight")
+        }
+        with torch.no_grad():
+            report = merge_model_(weights, factors, spec)
+        model.to("cpu")
     model.save_pretrained(folder)
     ctx.builder.processor.save_pretrained(folder)
     return report
+
+
+def merge_device(needed: int) -> torch.device:
+    """CUDA where a device has ``needed`` bytes free and a tenth more, the CPU elsewhere."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info()
+    if free < 1.1 * needed:
+        LOG.warning(
+            "merging on the CPU: %.1f GiB of GPU memory are free and the merge takes %.1f GiB",
+            free / 2**30,
+            1.1 * needed / 2**30,
+        )
+        return torch.device("cpu")
+    return torch.device("cuda")
+
+
+def _factor_bytes(factors: Factors) -> int:
+    pairs = [f for experts in factors.values() for f in experts if f is not None]
+    return sum(x.numel() * x.element_size() for f in pairs for x in (f.A, f.B))
+
+
+def _moved(factors: Factors, device: torch.device) -> Factors:
+    from mmedx_fast.ops import LoraFactors
+
+    if device.type == "cpu":
+        return factors
+    return {
+        name: [f and LoraFactors(f.A.to(device), f.B.to(device), f.scale) for f in experts]
+        for name, experts in factors.items()
+    }
 
 
 def describe(spec: MergeSpec) -> dict[str, Any]:

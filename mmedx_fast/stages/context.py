@@ -6,7 +6,8 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,18 @@ class Context:
             engine.load_weights(folder)
             self._weights = folder
         return engine
+
+    @contextmanager
+    def engine_asleep(self) -> Iterator[None]:
+        """The engine, if it was started, lends its GPU memory to the block."""
+        if self._engine is None:
+            yield
+            return
+        self._engine.sleep()
+        try:
+            yield
+        finally:
+            self._engine.wake()
 
     @cached_property
     def max_images(self) -> int:
