@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,6 +85,11 @@ def apply_options(spec: MergeSpec, experts: int, base: torch.dtype | None) -> di
     }
 
 
+def _registers(write: bool) -> dict[str, int]:
+    """Without the write ptxas aims at two blocks a multiprocessor (sm_80), and spills for it."""
+    return {} if write else {"maxnreg": 160}
+
+
 def _apply(plan: Plan, spec: MergeSpec, cut: Cut) -> list[ConflictReport]:
     made = apply_options(spec, plan.experts, plan.base_dtype)
     stats = torch.empty(
@@ -93,6 +99,7 @@ def _apply(plan: Plan, spec: MergeSpec, cut: Cut) -> list[ConflictReport]:
         plan.shapes, plan.factors, plan.scales, plan.keys, plan.weights, plan.jobs,
         cut.threshold.float(), stats, float(spec.density), float(spec.lam),
         ALIGNED=plan.aligned, **tile_options(plan, spec), **made, **options(),
+        **_registers(made["WRITE"]),
     )  # fmt: skip
     pairs = torch.stack([interference(linear.experts) for linear in plan.linears]).cpu()
     sums = torch.zeros((len(plan.linears), made["STATS"]), dtype=torch.float64)
@@ -205,7 +212,8 @@ def _apply_case(
     **constants: Any,
 ) -> CompileCase:
     made = apply_options(spec, 5, base)
-    return _case(f"lora_apply {name}", _lora_apply_kernel, rank, factor, **(made | constants))
+    case = _case(f"lora_apply {name}", _lora_apply_kernel, rank, factor, **(made | constants))
+    return replace(case, options=dict(case.options) | _registers(made["WRITE"]))
 
 
 _UNEQUAL = (1.0, 1.0, 1.0, 1.0, 2.0)

@@ -15,7 +15,7 @@ KERNELS = {
     "row_stats": False,
     "row_dlogits": False,
     "row_policy": False,
-    "lora_sample": False,
+    "lora_sample": True,
     "lora_count": True,
     "lora_apply": True,
 }  # name -> uses matrix instructions
@@ -30,11 +30,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_one_configuration_of_every_kernel_compiles_for_three_chips(tmp_path: Path) -> None:
-    """All configurations: ``python bench/compile_kernels.py``, some minutes. The table is kept in .benchmarks."""
+def test_every_production_configuration_compiles_for_three_chips(tmp_path: Path) -> None:
+    """The table is kept in .benchmarks."""
     table = ROOT / ".benchmarks" / "compiled.md"
     table.parent.mkdir(exist_ok=True)
-    done = run("--first", "--json", str(tmp_path / "rows.json"), "--markdown", str(table))
+    done = run("--json", str(tmp_path / "rows.json"), "--markdown", str(table))
     assert done.returncode == 0, done.stderr + done.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())
     for kernel, matrix in KERNELS.items():
@@ -42,7 +42,7 @@ def test_one_configuration_of_every_kernel_compiles_for_three_chips(tmp_path: Pa
         assert {row["arch"] for row in mine} == {80, 90, 100}, kernel
         for row in mine:
             assert row["stack"] == row["spills"] == 0 and 0 < row["registers"] <= 255, row
-            assert bool(row["matrix"]) == matrix, row
+            assert bool(row["matrix"]) == (matrix and "fp32" not in row["kernel"]), row
     assert "sm_90" in table.read_text()
 
 
