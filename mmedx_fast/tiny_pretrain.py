@@ -47,7 +47,8 @@ def make_rows(
 ) -> list[Any]:
     """Packed rows of one step: each question with ``guidelines`` of its traces (which, turns with the step),
     whole or only their first sentence (what image and vignette show)."""
-    from mmedx_fast.tree import Branch, Tree, plan_rows
+    from mmedx_fast.planner import plan_rows
+    from mmedx_fast.tree import Branch, Tree
 
     trees = []
     for number, question in enumerate(questions):

@@ -14,7 +14,7 @@ Letters: T tokens of the row, R response tokens (targets), S segments (runs of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -83,6 +83,9 @@ class PackedRow:
     image_features: Tensor | None = None
     """[image tokens, H]: the vision tower's output where it has been computed already; replaces
     pixel_values."""
+    blank_image: bool = False
+    """Run the vision tower on a blank image that nothing reads: another rank's row of the same round
+    has images, and collectives inside the tower must match."""
 
     def to(self, device: torch.device | str) -> PackedRow:
         """The same row with every tensor on `device`."""
@@ -139,20 +142,21 @@ def _trie(tree: Tree) -> list[_Node]:
     return [_build(group, 0) for group in by_first.values()]
 
 
-def _label(tree: Tree) -> str:
+def label(tree: Tree) -> str:
+    """What error messages call a tree."""
     return f"question {tree.name!r}" if tree.name else "a question"
 
 
 def _check_tree(tree: Tree) -> None:
     if not tree.branches:
-        raise ValueError(f"{_label(tree)} has no branches; a row needs at least one rollout")
+        raise ValueError(f"{label(tree)} has no branches; a row needs at least one rollout")
     for index, branch in enumerate(tree.branches):
         for name, ids in (("prompt", branch.prompt_ids), ("response", branch.response_ids)):
             if len(ids) == 0:
-                raise ValueError(f"{_label(tree)}, branch {index}: the {name} has no tokens")
+                raise ValueError(f"{label(tree)}, branch {index}: the {name} has no tokens")
     if (tree.pixel_values is None) != (tree.image_grid_thw is None):
         raise ValueError(
-            f"{_label(tree)}: pixel_values and image_grid_thw come together or not at all"
+            f"{label(tree)}: pixel_values and image_grid_thw come together or not at all"
         )
 
 
@@ -233,7 +237,7 @@ class _RowBuilder:
         try:
             positions = {prompt: rope_positions(prompt, grids, self.rope) for prompt in prompts}
         except ValueError as error:
-            raise ValueError(f"{_label(tree)}: {error}") from None
+            raise ValueError(f"{label(tree)}: {error}") from None
         first_branch = len(self.targets)
         self.targets.extend(([], []) for _ in tree.branches)
 
@@ -276,7 +280,7 @@ class _RowBuilder:
         for forbidden in (self.rope.image_token_id, self.rope.video_token_id):
             if forbidden in ids:
                 raise ValueError(
-                    f"{_label(tree)}, branch {branch}: the response holds the vision token "
+                    f"{label(tree)}, branch {branch}: the response holds the vision token "
                     f"{forbidden} at index {ids.index(forbidden)}; forbid it in the sampling"
                 )
 
@@ -316,7 +320,7 @@ def _gather_images(
         sizes = tree.image_grid_thw.prod(-1).tolist()
         if sum(sizes) != len(tree.pixel_values):
             raise ValueError(
-                f"{_label(tree)}: image_grid_thw counts {sum(sizes)} patches but pixel_values has "
+                f"{label(tree)}: image_grid_thw counts {sum(sizes)} patches but pixel_values has "
                 f"{len(tree.pixel_values)}"
             )
         first = sum(sizes[:image])
@@ -357,106 +361,3 @@ def pack_row(trees: Sequence[Tree], rope_index: RopeIndex) -> PackedRow:
         pixel_values=None if images is None else images[0],
         image_grid_thw=None if images is None else images[1],
     )
-
-
-@dataclass(frozen=True)
-class RowPlan:
-    """What goes into one row."""
-
-    trees: tuple[Tree, ...]
-    branches: tuple[int, ...]
-    """For each branch of the row, in the row's order: its flat index over all trees that were
-    planned."""
-    n_tokens: int
-
-    def pack(self, rope_index: RopeIndex) -> PackedRow:
-        return pack_row(self.trees, rope_index)
-
-
-DENSE_TARGET_TOKENS = 1024
-"""A dense mask costs T^2: on a CPU at width 192 one row of 4,176 tokens took 2.5 times as long as
-four rows of 1,044."""
-
-
-def plan_rows(
-    trees: Sequence[Tree], max_row_tokens: int, *, target_tokens: int | None = None
-) -> list[RowPlan]:
-    """Spread trees over rows of at most `max_row_tokens`: first-fit decreasing, deterministic.
-
-    Args:
-        trees: the questions of one step; every branch lands in exactly one row.
-        max_row_tokens: bound on the unique tokens of a row. A tree above it is split between
-            guidelines, then between responses; the parts repeat what they share.
-        target_tokens: stop adding trees to a row that would pass this (a dense mask grows with the
-            square of the row, so :data:`DENSE_TARGET_TOKENS` there); null means max_row_tokens.
-
-    Raises:
-        ValueError: a single rollout does not fit; the message names its question and length.
-    """
-    bound = min(target_tokens or max_row_tokens, max_row_tokens)
-    parts: list[tuple[int, int, Tree, tuple[int, ...]]] = []
-    first = 0
-    for tree in trees:
-        flat = range(first, first + len(tree.branches))
-        first += len(tree.branches)
-        for n_tokens, local in _fit(tree, max_row_tokens):
-            part = tree if len(local) == len(flat) else _subtree(tree, local)
-            parts.append((n_tokens, len(parts), part, tuple(flat[i] for i in local)))
-    rows: list[list[tuple[int, int, Tree, tuple[int, ...]]]] = []
-    room: list[int] = []
-    for item in sorted(parts, key=lambda part: (-part[0], part[1])):
-        row = next((i for i, free in enumerate(room) if item[0] <= free), None)
-        if row is None:
-            rows.append([item])
-            room.append(max(bound, item[0]) - item[0])
-        else:
-            rows[row].append(item)
-            room[row] -= item[0]
-    return [
-        RowPlan(
-            trees=tuple(item[2] for item in row),
-            branches=tuple(branch for item in row for branch in item[3]),
-            n_tokens=sum(item[0] for item in row),
-        )
-        for row in rows
-    ]
-
-
-def _subtree(tree: Tree, branches: Sequence[int]) -> Tree:
-    return replace(tree, branches=tuple(tree.branches[i] for i in branches))
-
-
-def _fit(tree: Tree, bound: int) -> Iterator[tuple[int, list[int]]]:
-    """Parts of a tree, each within `bound`: (tokens, branches). One part where the whole fits."""
-    everything = list(range(len(tree.branches)))
-    whole = count_tokens(tree)
-    if whole <= bound:
-        yield whole, everything
-        return
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, branch in enumerate(tree.branches):
-        groups.setdefault(tuple(branch.prompt_ids), []).append(index)
-    pieces: list[list[int]] = []
-    for group in groups.values():
-        fits = count_tokens(_subtree(tree, group)) <= bound
-        pieces.extend([group] if fits else [[index] for index in group])
-    part: list[int] = []
-    size = 0
-    for piece in pieces:
-        together = count_tokens(_subtree(tree, part + piece))
-        if together > bound:
-            if not part:
-                raise ValueError(
-                    f"{_label(tree)}: one rollout takes {together} tokens but a row holds {bound}; "
-                    f"raise max_row_tokens or lower max_prompt_length / max_completion_length"
-                )
-            yield size, part
-            part, size = [], 0
-            together = count_tokens(_subtree(tree, piece))
-            if together > bound:
-                raise ValueError(
-                    f"{_label(tree)}: one rollout takes {together} tokens but a row holds {bound}; "
-                    f"raise max_row_tokens or lower max_prompt_length / max_completion_length"
-                )
-        part, size = part + piece, together
-    yield size, part

@@ -15,7 +15,6 @@ from mmedx_fast.tree import (
     Tree,
     count_tokens,
     pack_row,
-    plan_rows,
     rope_positions,
 )
 
@@ -157,46 +156,6 @@ def test_to_moves_every_tensor():
     assert {getattr(row, name).device.type for name in ("input_ids", "end", "targets")} == {"meta"}
 
 
-@pytest.mark.parametrize("bound", [60, 90, 200])
-@pytest.mark.parametrize("target", [None, 64])
-def test_plan_puts_every_branch_in_one_row_within_the_bound(bound, target):
-    rng = random.Random(7)
-    trees = [random_tree(rng, f"q{i}") for i in range(9)]
-    everything = [branch for tree in trees for branch in tree.branches]
-    plan = plan_rows(trees, bound, target_tokens=target)
-    assert plan == plan_rows(trees, bound, target_tokens=target)
-    seen = []
-    for planned in plan:
-        row = planned.pack(ROPE)
-        assert row.n_tokens == planned.n_tokens <= bound
-        assert len(planned.trees) == 1 or planned.n_tokens <= (target or bound)
-        inside = [branch for tree in planned.trees for branch in tree.branches]
-        assert inside == [everything[index] for index in planned.branches]
-        seen.extend(planned.branches)
-    assert sorted(seen) == list(range(len(everything)))
-
-
-def test_a_large_tree_is_split_between_guidelines_before_responses():
-    generator = torch.Generator().manual_seed(0)
-    tree = tiny_vl.make_tree(generator, guidelines=4, generations=3)
-    prompts = [tuple(branch.prompt_ids) for branch in tree.branches]
-    bound = count_tokens(replace(tree, branches=tree.branches[:6]))
-    for planned in plan_rows([tree], bound):
-        for prompt in {prompts[index] for index in planned.branches}:
-            group = [i for i, other in enumerate(prompts) if other == prompt]
-            assert set(group) <= set(planned.branches)
-    # One guideline no longer fits: now responses part too.
-    bound = count_tokens(replace(tree, branches=tree.branches[4:6]))
-    rows = plan_rows([tree], bound)
-    assert max(row.n_tokens for row in rows) <= bound
-    assert sorted(index for row in rows for index in row.branches) == list(range(12))
-
-
-def test_fewer_rows_than_trees_when_they_fit():
-    trees = [Tree((Branch([1, 2], [3] * 9),), name=str(i)) for i in range(10)]
-    assert [len(row.trees) for row in plan_rows(trees, 50)] == [5, 5]
-
-
 def _bad(**changes):
     image = tiny_vl.image_tokens([(1, 2, 2)])
     tree = Tree((Branch([1, *image, 2], [3, 4]),), torch.zeros(4, 5), _grid(2, 2), "case-17")
@@ -226,13 +185,7 @@ def test_bad_trees_are_refused_with_their_name(tree, message):
     assert "case-17" in str(caught.value)
 
 
-def test_a_rollout_longer_than_a_row_names_its_question():
-    fitting = Tree((Branch([1], [2]),), name="short")
-    with pytest.raises(ValueError, match="'case-17': one rollout takes 6 tokens but a row holds 5"):
-        plan_rows([fitting, _bad()], 5)
-    mixed = _bad(branches=(_bad().branches[0], Branch(_bad().branches[0].prompt_ids, [3] * 30)))
-    with pytest.raises(ValueError, match="one rollout takes 34 tokens but a row holds 20"):
-        plan_rows([mixed], 20)
+def test_a_row_needs_a_tree():
     with pytest.raises(ValueError, match="at least one tree"):
         pack_row([], ROPE)
 

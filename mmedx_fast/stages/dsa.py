@@ -169,7 +169,7 @@ def _update(
     """One optimizer step: the mean over all target tokens of the batch's negative log-likelihood."""
     import torch
 
-    from mmedx_fast.tree import plan_rows
+    from mmedx_fast.planner import plan_rows
 
     with meter.phase("data"):
         traces = ctx.cfg.dsa.traces_per_question

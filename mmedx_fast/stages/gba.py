@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
     from mmedx_fast.cost import PhaseMeter
     from mmedx_fast.ops import PolicyLossSpec
-    from mmedx_fast.tree import PackedRow, RowPlan, Tree
+    from mmedx_fast.planner import RowPlan
+    from mmedx_fast.tree import PackedRow, Tree
 
 LOG = logging.getLogger(__name__)
 SAMPLES_KEPT = 16
@@ -260,7 +261,7 @@ class _Trainer:
         self, questions: list[Question], rollouts: list[Rollout], advantages: Tensor, use: Tensor
     ) -> dict[str, float]:
         from mmedx_fast.ops import reduce_metrics
-        from mmedx_fast.tree import plan_rows
+        from mmedx_fast.planner import plan_rows
 
         chosen = [i for i, used in enumerate(use.tolist()) if used]
         if not chosen:
