@@ -97,7 +97,7 @@ class Policy:
         seed: int = 0,
         banned_token_ids: Sequence[int] = (),
         device: torch.device | str | None = None,
-        attention_kernel: attention.VarlenKernel | None = None,
+        attention_kernel: attention.Kernel | None = None,
     ) -> Policy:
         """Load the base, put a LoRA on it, and (with `optimizer`) wrap both in DeepSpeed.
 
@@ -110,11 +110,11 @@ class Policy:
             optimizer: null makes a policy that only evaluates.
             total_steps: updates the learning-rate schedule is made for.
             deepspeed: DeepSpeed settings; what the rest of the configuration decides is refused.
-                Under ZeRO-3 with several ranks, all ranks must run rows with images at the same
-                time, or all without: a rank that skips the vision tower leaves the others waiting.
+                With several ranks, all must run the vision tower in the same passes, or a rank that
+                skips it leaves the others waiting: :func:`mmedx_fast.planner.plan_ranks` sees to it.
             seed: of a new adapter's A matrices (B starts at zero).
             banned_token_ids: vocabulary ids that cannot be sampled, masked in every log-prob.
-            attention_kernel: takes the place of the varlen kernel.
+            attention_kernel: takes the place of the attention backend's kernel.
 
         Raises:
             ValueError: unknown architecture, missing weights, an adapter of another base
@@ -123,7 +123,7 @@ class Policy:
         place = default_place() if device is None else torch.device(device)
         dtype = getattr(torch, model.dtype)
         base = load_base(model_path, model, dtype).to(place)
-        backend = attention.choose_backend(model.attention, place)
+        backend = attention.choose_backend(model.attention, place, attention_kernel)
         attention.set_backend(base, backend)
         if model.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -175,13 +175,14 @@ class Policy:
     def with_image_features(self, row: PackedRow) -> PackedRow:
         """The row with its image features computed, to share between the passes of one step.
 
-        A row whose vision tower is trained comes back as it was.
+        A row whose vision tower is trained comes back as it was. With several ranks, all of them call
+        it for the rows of one round.
         """
-        if not self.tower_frozen or row.pixel_values is None:
+        if not self.tower_frozen or (row.pixel_values is None and not row.blank_image):
             return row
         with torch.no_grad():
             features = self._forward(row.to(self.device), None)
-        return replace(row, image_features=features, pixel_values=None)
+        return replace(row, image_features=features, pixel_values=None, blank_image=False)
 
     def _forward(self, row: PackedRow, head: Head | None, plain: bool = False) -> Any:
         runner = self.module if self._engine is None else self._engine.engine

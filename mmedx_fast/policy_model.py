@@ -51,7 +51,7 @@ class RowModel(nn.Module):
     """A PEFT model whose forward takes a packed row."""
 
     def __init__(
-        self, model: Any, backend: attention.Backend, kernel: attention.VarlenKernel | None
+        self, model: Any, backend: attention.Backend, kernel: attention.Kernel | None
     ) -> None:
         super().__init__()
         self.model = model
@@ -69,6 +69,7 @@ class RowModel(nn.Module):
         `plain`: a row of one branch, with the model's own positions and causal attention.
         """
         features = self._image_features(row)
+        blank = self._blank_image_features(row) if row.blank_image else None
         if head is None:
             return features
         encoded = None
@@ -83,6 +84,9 @@ class RowModel(nn.Module):
             **(self._plain_arguments(row) if plain else self._tree_arguments(row)),
         )
         hidden = attention.gather_rows(out.last_hidden_state[0], row.pred_index)
+        if blank is not None and blank.requires_grad:
+            # The tower's backward has collectives too.
+            hidden = hidden + 0.0 * blank.sum()
         # Under ZeRO-3 this access gathers the weight and keeps it for the rest of this forward.
         return head(hidden, self.base.lm_head.weight)
 
@@ -93,6 +97,16 @@ class RowModel(nn.Module):
         out = self.base.model.get_image_features(
             row.pixel_values, row.image_grid_thw, return_dict=True
         )
+        return torch.cat(tuple(out.pooler_output))
+
+    def _blank_image_features(self, row: PackedRow) -> Tensor:
+        """Features [1, H] of the smallest image, all zeros."""
+        vision = self.base.config.vision_config
+        merge = vision.spatial_merge_size
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.zeros(merge**2, values, device=row.input_ids.device)
+        grid = torch.tensor([[1, merge, merge]], device=row.input_ids.device)
+        out = self.base.model.get_image_features(pixels, grid, return_dict=True)
         return torch.cat(tuple(out.pooler_output))
 
     def _tree_arguments(self, row: PackedRow) -> dict[str, Any]:

@@ -1,0 +1,196 @@
+"""Two processes on the CPU train as one does, for every ZeRO stage."""
+
+import importlib.util
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmedx_fast import ranks
+from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig
+from mmedx_fast.ops import PolicyLossSpec, reduce_metrics
+from mmedx_fast.planner import plan_ranks
+from mmedx_fast.policy import Policy
+
+STAGES = (1, 2, 3)
+STEPS = 4
+WORLD = 2
+SECONDS = 150
+"""A deadlock ends here; a run takes a tenth of it."""
+TOWERS = {
+    "frozen": LoraConfig(r=4, lora_alpha=8).target_modules,
+    "trained": r".*\.(qkv|q_proj|down_proj)",
+}
+
+
+def _helper(name):
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"helper_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny_vl = _helper("_tiny_vl")
+
+
+def questions(step):
+    """Image questions, text and both; the last step has less work than ranks."""
+    generator = torch.Generator().manual_seed(step)
+    one, none, two = ((1, 4, 6),), (), ((1, 4, 4), (1, 6, 4))
+    grids = [(one, none, two), (none, one), (none, none, two, none), ()][step % 4]
+    trees = [tiny_vl.make_tree(generator, grids=g, name=str(i)) for i, g in enumerate(grids)]
+    return trees or [tiny_vl.make_tree(generator, guidelines=1, generations=1, grids=one)]
+
+
+def update(policy, step):
+    """One update on this rank's share of the step's rows, by SFT and RL; (loss, gradient norm)."""
+    trees = questions(step)
+    total = sum(len(branch.response_ids) for tree in trees for branch in tree.branches)
+    raw = []
+    for plan in plan_ranks(trees, ranks.world_size(), 120)[ranks.rank()]:
+        row = policy.with_image_features(plan.pack(policy.rope_index))
+        work = torch.full(row.targets.shape, 1.0 if plan.branches else 0.0)
+        branches = torch.tensor(plan.branches or (0,))[row.branch_index]
+        raw.append(policy.sft_backward(row, work / total))
+        raw.append(
+            policy.backward(
+                row,
+                advantages=torch.cos(branches.float()),
+                token_weight=work / total,
+                spec=PolicyLossSpec(),
+                old_logprob=policy.logprobs(row, temperature=1.0)[0],
+            )
+        )
+    parts = [part for own in ranks.all_gather(raw) for part in own]
+    return {
+        "loss": sum(part["sum:loss"] for part in parts),
+        "entropy": reduce_metrics(part for part in parts if "sum:entropy" in part)["entropy"],
+        "grad_norm": policy.step()["grad_norm"],
+    }
+
+
+def train(base, stage, tower, adapter=None):
+    """The curve, the final adapter and optimizer state, and the base's checksums around them."""
+    policy = Policy.load(
+        base,
+        model=ModelConfig(dtype="float32", gradient_checkpointing=tower == "trained"),
+        lora=LoraConfig(r=4, lora_alpha=8, target_modules=TOWERS[tower]),
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.01),
+        total_steps=8,
+        deepspeed={"zero_optimization": {"stage": stage}},
+        seed=3,
+    )
+    assert policy.tower_frozen == (tower == "frozen")
+    before = policy.base_checksum()
+    verified = policy.verify_tree(questions(0)[0])["max"]
+    curve = [update(policy, step) for step in range(STEPS)]
+    state = policy.state()
+    if adapter is not None:
+        policy.save_adapter(adapter)
+    result = {
+        "curve": curve,
+        "verified": verified,
+        "adapter": policy.adapter_tensors(),
+        "state": state[0],
+        "base_unchanged": policy.base_checksum() == before,
+    }
+    policy.close()
+    return result
+
+
+def _worker(rank, port, base, folder):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    try:
+        for tower in TOWERS:
+            for stage in STAGES:
+                name = f"{tower}-{stage}"
+                result = train(base, stage, tower, folder / f"adapter-{name}")
+                torch.save(result, folder / f"{name}-{rank}.pt")
+    except BaseException:
+        (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)  # the other rank must not wait for this one's exit handlers
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_vl.save(tmp_path_factory.mktemp("model") / "tiny-vl")
+
+
+@pytest.fixture(scope="module")
+def two_processes(base, tmp_path_factory):
+    """The folder with what both ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_worker, args=(rank, port, base, folder)) for rank in range(WORLD)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(SECONDS)
+    stuck = [worker for worker in workers if worker.is_alive()]
+    for worker in stuck:
+        worker.kill()
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob("error-*.txt")))
+    assert not errors, errors
+    assert not stuck, (
+        f"{len(stuck)} ranks hang; done: {sorted(p.name for p in folder.glob('*.pt'))}"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(base):
+    return {tower: train(base, 0, tower) for tower in TOWERS}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("tower", TOWERS)
+def test_two_ranks_learn_what_one_process_learns(two_processes, one_process, tower, stage):
+    wanted = one_process[tower]
+    found = [
+        torch.load(two_processes / f"{tower}-{stage}-{rank}.pt", weights_only=True)
+        for rank in range(WORLD)
+    ]
+    for result in found:
+        assert result["base_unchanged"] and result["verified"] < 1e-4
+        assert len(result["curve"]) == STEPS
+        for ours, theirs in zip(result["curve"], wanted["curve"], strict=True):
+            for key, value in theirs.items():
+                assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+        for key, value in wanted["adapter"].items():
+            torch.testing.assert_close(result["adapter"][key], value, rtol=1e-3, atol=1e-4)
+        assert result["state"].keys() == wanted["state"].keys()
+    for part in ("adapter", "state"):
+        for key, value in found[0][part].items():
+            assert torch.equal(value, found[1][part][key]), key
+    assert found[0]["curve"] == found[1]["curve"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_adapter_of_two_ranks_loads_in_one_process(two_processes, base, stage):
+    folder = two_processes / f"adapter-frozen-{stage}"
+    policy = Policy.load(
+        base, model=ModelConfig(dtype="float32"), lora=LoraConfig(), adapter=folder
+    )
+    saved = torch.load(two_processes / f"frozen-{stage}-0.pt", weights_only=True)["adapter"]
+    loaded = policy.adapter_tensors()
+    policy.close()
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[key], saved[key]) for key in saved)
+    assert any(value.abs().max() > 0 for key, value in saved.items() if "lora_B" in key)
