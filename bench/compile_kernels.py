@@ -1,6 +1,6 @@
 """Compile every Triton kernel for chips that are not here, and read what the binary says.
 
-    python bench/compile_kernels.py [--arch 80 90 100] [--only NAME] [--json FILE] [--markdown FILE]
+    python bench/compile_kernels.py [--arch 80 90 100] [--only NAME] [--first] [--json FILE] [--markdown FILE]
 
 Needs no GPU: Triton's own compiler, ptxas and cuobjdump make and read the binary. Each row gives
 registers a thread, bytes of stack a thread (a spill), spill instructions, shared memory, matrix
@@ -69,6 +69,14 @@ def cases() -> list[CompileCase]:
     return found
 
 
+def first_of_each(found: list[CompileCase]) -> list[CompileCase]:
+    """The first configuration of every kernel."""
+    by_kernel: dict[str, CompileCase] = {}
+    for case in found:
+        by_kernel.setdefault(case.kernel.__name__, case)
+    return list(by_kernel.values())
+
+
 def compile_case(case: CompileCase, arch: int) -> Any:
     names = list(case.kernel.arg_names)
     signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in names}
@@ -131,15 +139,13 @@ def main() -> int:
     )
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=SHARED)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--first", action="store_true", help="one configuration a kernel")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    rows = [
-        measure(case, arch)
-        for case in cases()
-        if options.only in case.name
-        for arch in options.arch
-    ]
+    found = first_of_each(cases()) if options.first else cases()
+    chosen = [case for case in found if options.only in case.name]
+    rows = [measure(case, arch) for case in chosen for arch in options.arch]
     if not rows:
         print(f"no kernel's name contains {options.only!r}", file=sys.stderr)
         return 2

@@ -30,11 +30,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_every_production_configuration_compiles_for_three_chips(tmp_path: Path) -> None:
-    """The table is kept in .benchmarks."""
+def test_a_production_configuration_of_every_kernel_compiles_for_three_chips(
+    tmp_path: Path,
+) -> None:
+    """All of them, some ten minutes: ``python bench/compile_kernels.py``. The table is kept in .benchmarks."""
     table = ROOT / ".benchmarks" / "compiled.md"
     table.parent.mkdir(exist_ok=True)
-    done = run("--json", str(tmp_path / "rows.json"), "--markdown", str(table))
+    done = run("--first", "--json", str(tmp_path / "rows.json"), "--markdown", str(table))
     assert done.returncode == 0, done.stderr + done.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())
     for kernel, matrix in KERNELS.items():
