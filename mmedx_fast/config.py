@@ -32,8 +32,9 @@ class ModelConfig(Section):
     """A local folder or hub name of a Qwen2-VL / Qwen2.5-VL model; ``tiny`` is the one that ships with
     the package."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    attention: Literal["auto", "dense", "varlen", "flex"] = "auto"
-    """How the packed tree attends: ``auto`` is dense on CPU and varlen on CUDA."""
+    attention: Literal["auto", "dense", "varlen", "flash", "flex"] = "auto"
+    """How the packed tree attends: ``auto`` is dense on CPU and varlen on CUDA; ``flash`` (flash-attn,
+    where it is installed) and ``flex`` (FlexAttention) need CUDA."""
     gradient_checkpointing: bool = True
     trust_remote_code: bool = False
     offline: bool = True
