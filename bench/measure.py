@@ -14,6 +14,7 @@ from bench import timing
 from bench.memory import free_bytes, watched
 from bench.ours import path_of
 from bench.registry import FLOOR, OURS, Call, Case, Op, Outputs, Provider, Shape, compare
+from bench.saved import saved_for_backward
 
 # A call slower than this is neither warmed up nor called once more for its memory.
 SLOW_SECONDS = 2.0
@@ -49,6 +50,8 @@ class _Entry:
     seconds: float = 0.0
     """Of one call."""
     peak: int = 0
+    saved: int | None = None
+    """Bytes kept for backward, where the op asks for them."""
     errors: dict[str, float] = field(default_factory=dict)
     times: timing.Times | None = None
 
@@ -75,7 +78,8 @@ def measure(op: Op, shape: Shape, settings: Settings, seconds: float) -> dict[st
     failed = entries[0].status if entries[0].status != "ok" else ""
     if not failed:
         left = max(seconds - (time.perf_counter() - begun), 0.2 * seconds)
-        _time([e for e in entries if e.call is not None], settings, left)
+        clock = timing.Clock(settings.device, op.process_time)
+        _time([e for e in entries if e.call is not None], settings, left, clock)
     return _row(op, shape, settings, entries, failed)
 
 
@@ -106,6 +110,10 @@ def _prepare(
                 entry.status = f"wrong: {'; '.join(wrong)}"
                 return
         del out
+        if op.saving is not None:
+            with saved_for_backward(op.saving(inputs)) as saved:
+                call()
+            entry.saved = saved.peak
         if entry.seconds < SLOW_SECONDS:
             # again, without what only a first call allocates
             entry.peak = watched(call, case.device)[1]
@@ -123,7 +131,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
-def _time(entries: list[_Entry], settings: Settings, seconds: float) -> None:
+def _time(entries: list[_Entry], settings: Settings, seconds: float, clock: timing.Clock) -> None:
     begun = time.perf_counter()
     calls: dict[str, Callable[[], Any]] = {}
     for entry in entries:
@@ -134,7 +142,7 @@ def _time(entries: list[_Entry], settings: Settings, seconds: float) -> None:
     left = max(seconds - (time.perf_counter() - begun), 0.5 * seconds)
     costs = {e.provider.name: e.seconds for e in entries}
     rounds = timing.rounds_for(costs, left, settings.rounds)
-    found = timing.interleave(calls, rounds, timing.Clock(settings.device))
+    found = timing.interleave(calls, rounds, clock)
     for entry in entries:
         entry.times = found[entry.provider.name]
 
@@ -174,6 +182,7 @@ def _result(entry: _Entry, flops: float, floor: float | None) -> dict[str, Any]:
             "p80_ms": times.p80,
             "calls": times.calls,
             "peak_bytes": entry.peak,
+            "saved_bytes": entry.saved,
             "tflops": flops / times.median / 1e9 if provider.computes else None,
             "ratio_to_floor": None if floor is None else times.median / floor,
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal
@@ -54,6 +54,12 @@ class Bound:
     metric: Metric
     limit: float
     against: str = ""
+    exact: float | None = None
+    """The limit in place of ``limit`` where the reference is float64."""
+
+    def limit_for(self, expected: Tensor) -> float:
+        double = expected.dtype == torch.float64
+        return self.exact if double and self.exact is not None else self.limit
 
 
 def little(sizes: Sizes, itemsize: int) -> float:
@@ -117,6 +123,10 @@ class Op:
     """The op's name in ``kernels/_dispatch.py``: which path ours took."""
     axis: str = "tokens"
     """What ``Shape.tokens`` counts, for the plots."""
+    saving: Callable[[Any], Iterable[Tensor]] | None = None
+    """Inputs -> their weights. Where given, what autograd saves beside them is measured too."""
+    process_time: bool = False
+    """On a CPU count the process's seconds on all its threads, which others' load does not stretch."""
 
     @property
     def floor(self) -> Provider:
@@ -165,7 +175,7 @@ def compare(
             continue
         bound = bounds[name]
         errors[name] = error = distance(value, reference, name, bound)
-        limit = None if limits is None else limits.get(name, bound.limit)
+        limit = None if limits is None else limits.get(name, bound.limit_for(reference[name]))
         if limit is not None and not error <= limit:
             wrong.append(f"{name} is off by {error:.3g} ({bound.metric}), more than {limit:.3g}")
     if not errors:

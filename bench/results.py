@@ -149,22 +149,30 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def _table(row: dict[str, Any]) -> list[str]:
+    saving = any(p.get("saved_bytes") is not None for p in row["providers"])
     lines = [
-        "| provider | median ms | p20 - p80 | to floor | TFLOP/s | peak MiB | error | note |",
-        "|---|---:|---:|---:|---:|---:|---|---|",
+        "| provider | median ms | p20 - p80 | to floor | TFLOP/s | peak MiB |"
+        f"{' saved MiB |' if saving else ''} error | note |",
+        f"|---|---:|---:|---:|---:|---:|{'---:|' if saving else ''}---|---|",
     ]
     for p in row["providers"]:
         name = f"**{p['name']}** ({row['path']})" if p["name"] == "ours" else p["name"]
         errors = ", ".join(f"{k} {v:.1e}" for k, v in worst(p["errors"]).items())
         if "median_ms" not in p:
-            lines.append(f"| {name} | {p['status']} | | | | | {errors} | {p['note']} |")
+            blank = " |" if saving else ""
+            lines.append(f"| {name} | {p['status']} | | | | |{blank} {errors} | {p['note']} |")
             continue
+        kept = f" {_mib(p['saved_bytes'])} |" if saving else ""
         lines.append(
             f"| {name} | {p['median_ms']:.4g} | {p['p20_ms']:.4g} - {p['p80_ms']:.4g} | "
             f"{number(p['ratio_to_floor'], '.2f')} | {number(p['tflops'], '.3g')} | "
-            f"{p['peak_bytes'] / 2**20:.3g} | {errors} | {p['note']} |"
+            f"{_mib(p['peak_bytes'])} |{kept} {errors} | {p['note']} |"
         )
     return lines
+
+
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.3g}"
 
 
 def number(value: float | None, how: str) -> str:

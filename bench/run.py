@@ -6,7 +6,7 @@ Every provider is checked against a reference in float64 before anything is time
 listed and not timed, and if that one is ours the run ends with status 1. Then all take turns on a
 cold L2 cache (medians with 20th and 80th percentiles). JSON and Markdown are written after every
 shape, a plot after every op. Without a GPU small shapes are measured in place of a GPU's; the set
-cpu_large (head ops only) takes minutes and several GB.
+cpu_large (head ops and train_step) takes minutes and several GB.
 """
 
 from __future__ import annotations
@@ -180,7 +180,13 @@ def _summary(unit: _Unit, row: dict[str, Any]) -> Iterator[str]:
         yield (
             f"    {p['name']:<28} {p['median_ms']:>10.4g} ms  "
             f"{number(p['ratio_to_floor'], '8.2f')}x floor  {p['peak_bytes'] / 2**20:9.3g} MiB"
+            f"{_saved(p)}"
         )
+
+
+def _saved(p: dict[str, Any]) -> str:
+    kept = p.get("saved_bytes")
+    return "" if kept is None else f"  {kept / 2**20:9.3g} MiB saved"
 
 
 def listing(ops: list[Any]) -> str:

@@ -4,17 +4,21 @@ import dataclasses
 import json
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import head, registry, results, run, table, timing
+from bench import head, registry, results, run, step, table, timing
 from bench.measure import Settings, measure
 from bench.memory import watched
 from bench.registry import FLOOR, OURS, Bound, Case, Op, Provider, Shape
+from bench.saved import saved_for_backward
 from mmedx_fast import cli, doctor
+from mmedx_fast.cost import KNOWN_MODELS
+from mmedx_fast.flops import ModelShape
 
 CPU = torch.device("cpu")
 OPS = registry.load()
@@ -36,7 +40,7 @@ def provider_of(op: Op, kind: str) -> Provider:
 
 
 def test_every_op_is_registered() -> None:
-    assert set(OPS) == set(NAMES)
+    assert set(OPS) == {*NAMES, "train_step"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -453,3 +457,94 @@ def test_mmedx_bench_runs_the_checkouts(capsys, monkeypatch, tmp_path) -> None:
     assert cli.main(["bench", "--list"]) == 2
     assert "clone the repository" in capsys.readouterr().err
     assert str(tmp_path) not in sys.path
+
+
+STEP = OPS["train_step"]
+STEP_SHAPE = step.shape(4, step._TINY, P=24, G=4, R=6, K=2, n=2, L=2, V=300)
+
+
+@pytest.fixture(scope="module")
+def step_case():
+    """(inputs, reference) of the update at a size of a few dozen tokens."""
+    x = STEP.inputs(Case(STEP_SHAPE.sizes, CPU, torch.float32))
+    return x, STEP.reference(x)
+
+
+def test_every_provider_makes_the_same_update(step_case) -> None:
+    x, reference = step_case
+    for p in STEP.providers:
+        if p.kind == FLOOR:
+            continue
+        assert p.unavailable(CPU, x.sizes) is None
+        call = p.make(x)
+        for _ in range(2):  # a second call starts from nothing again
+            errors, wrong = registry.compare(call(), reference, STEP.bounds, {})
+            assert set(errors) == {"loss", "d_adapter"} and not wrong, p.name
+    assert abs(float(reference["loss"])) > 0.01 and float(reference["d_adapter"].norm()) > 0.01
+    assert all(param.grad is None for param in x.model.parameters())
+
+
+def test_a_wrong_advantage_is_seen(step_case) -> None:
+    x, reference = step_case
+    other = dataclasses.replace(x, advantages=x.advantages.roll(1, 0))
+    got = provider_of(STEP, OURS).make(other)()
+    assert len(registry.compare(got, reference, STEP.bounds, {})[1]) == 2
+
+
+def test_the_updates_formula_counts_the_gemms_of_ours(step_case) -> None:
+    x, _ = step_case
+    formula, counted = STEP.flops(x.sizes), gemm_flops(provider_of(STEP, OURS).make(x))
+    # beside these GEMMs it has the attention, the patch convolution and layer 0's own dX
+    assert 0.85 * formula < counted < formula
+    assert gemm_flops(STEP.floor.make(x)) < counted
+    assert gemm_flops(step.plain_call(x, micro=4)) > 1.5 * counted
+    assert STEP.shapes["qwen2_5_vl_7b"][0].tokens == 1200 + 4 * 60 + 16 * 256
+
+
+def test_the_tree_saves_less_for_backward_and_checkpoints_less_still(step_case) -> None:
+    x, reference = step_case
+    again = STEP.inputs(Case({**x.sizes, "checkpoint": 1}, CPU, torch.float32))
+    kept = []
+    for call in (
+        step.plain_call(x, 4),
+        step.tree_call(x, "varlen"),
+        step.plain_call(again, 4),
+        step.tree_call(again, "varlen"),
+    ):
+        with saved_for_backward([*x.model.parameters(), *again.model.parameters()]) as saved:
+            assert not registry.compare(call(), reference, STEP.bounds, {})[1]
+        assert saved.live == 0
+        kept.append(saved.peak)
+    plain, tree, plain_again, tree_again = kept
+    assert 0 < tree_again < plain_again < tree < plain
+    assert tree_again / plain_again == pytest.approx(x.row.n_tokens / x.row.n_tokens_plain, rel=0.3)
+
+
+def test_the_7bs_sizes_are_the_published_ones() -> None:
+    made = ModelShape.from_config(step.model_config(STEP.shapes["qwen2_5_vl_7b"][0].sizes))
+    known = ModelShape.from_config(KNOWN_MODELS["qwen2.5-vl-7b-instruct"])
+    assert made == known
+
+
+def test_saved_storages_count_once_and_are_released() -> None:
+    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    with saved_for_backward([weight]) as saved:
+        y = (x @ weight).exp()  # x, and y itself; weight is there anyway
+        z = y * y.view(4, 8)  # y again, through a view
+        assert saved.live == saved.peak == 2 * 4 * 8 * 4
+        z.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * (y * y).detach() @ weight.detach().t())
+    del y, z
+    assert saved.live == 0 and saved.peak == 256
+
+
+def test_process_time_does_not_count_waiting() -> None:
+    def waiting() -> None:
+        time.sleep(0.05)
+
+    times = {}
+    for process in (False, True):
+        clock = timing.Clock(CPU, process)
+        clock.once("wait", waiting)
+        ((_, times[process]),) = clock.collect()
+    assert times[False] >= 50 and times[True] < 10
