@@ -69,7 +69,7 @@ class RowModel(nn.Module):
         `plain`: a row of one branch, with the model's own positions and causal attention.
         """
         features = self._image_features(row)
-        blank = self._blank_image_features(row) if row.blank_image else None
+        blank = self._blank_image_features(row)
         if head is None:
             return features
         encoded = None
@@ -77,16 +77,14 @@ class RowModel(nn.Module):
             from transformers.modeling_outputs import BaseModelOutputWithPooling
 
             encoded = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
-        out = self.base.model(
-            input_ids=row.input_ids[None],
-            mm_encoder_outputs=encoded,
-            use_cache=False,
-            **(self._plain_arguments(row) if plain else self._tree_arguments(row)),
-        )
+        with self._embeddings_hang_on(blank):
+            out = self.base.model(
+                input_ids=row.input_ids[None],
+                mm_encoder_outputs=encoded,
+                use_cache=False,
+                **(self._plain_arguments(row) if plain else self._tree_arguments(row)),
+            )
         hidden = attention.gather_rows(out.last_hidden_state[0], row.pred_index)
-        if blank is not None and blank.requires_grad:
-            # The tower's backward has collectives too.
-            hidden = hidden + 0.0 * blank.sum()
         # Under ZeRO-3 this access gathers the weight and keeps it for the rest of this forward.
         return head(hidden, self.base.lm_head.weight)
 
@@ -99,8 +97,10 @@ class RowModel(nn.Module):
         )
         return torch.cat(tuple(out.pooler_output))
 
-    def _blank_image_features(self, row: PackedRow) -> Tensor:
-        """Features [1, H] of the smallest image, all zeros."""
+    def _blank_image_features(self, row: PackedRow) -> Tensor | None:
+        """Features [1, H] of the smallest image, all zeros, for a row that asks for it."""
+        if not row.blank_image:
+            return None
         vision = self.base.config.vision_config
         merge = vision.spatial_merge_size
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -108,6 +108,25 @@ class RowModel(nn.Module):
         grid = torch.tensor([[1, merge, merge]], device=row.input_ids.device)
         out = self.base.model.get_image_features(pixels, grid, return_dict=True)
         return torch.cat(tuple(out.pooler_output))
+
+    @contextmanager
+    def _embeddings_hang_on(self, blank: Tensor | None) -> Iterator[None]:
+        """Token embeddings depend, by nothing, on a blank image that has gradients.
+
+        The backward of the first layer and of the tower hold collectives: they must be those of a row
+        with images. A hook, because ZeRO-3 wants the modules entered in the same order too.
+        """
+        if blank is None or not blank.requires_grad:
+            yield
+            return
+        nothing = 0.0 * blank.sum()
+        hook = self.base.get_input_embeddings().register_forward_hook(
+            lambda _module, _inputs, embedded: embedded + nothing.to(embedded.dtype)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _tree_arguments(self, row: PackedRow) -> dict[str, Any]:
         tree = attention.forward_arguments(self.backend, row.end, row.segments, self.kernel)

@@ -7,10 +7,20 @@ infinities too.
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+def join() -> None:
+    """Meet the launcher's other processes, before a policy does it; without a launcher, nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        from mmedx_fast.policy_engine import ensure_distributed
+        from mmedx_fast.policy_model import default_place
+
+        ensure_distributed(default_place())
 
 
 def _several() -> bool:
