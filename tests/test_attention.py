@@ -2,11 +2,14 @@
 
 import importlib.util
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torch_flex
+from torch.utils.checkpoint import checkpoint
 
 from mmedx_fast import attention, attention_flex, attention_varlen
 from mmedx_fast.tree import Branch, RopeIndex, Tree, pack_row
@@ -252,23 +255,28 @@ def compiler(monkeypatch):
         yield
 
 
-def test_rows_of_every_length_share_one_compilation(compiler):
-    compiled = []
-
-    def count(graph, _):
-        compiled.append(graph)
-        return graph.forward
-
-    kernel = attention_flex.compiled_flex(count)
-    with torch.no_grad():
-        for seed in range(4):
-            row = forest(seed, longest=200)
-            assert row.n_tokens > attention_flex.BLOCK
-            tensors = [x.float() for x in random_tensors(row)]
-            plan = attention.plan_row("flex", row.end, row.segments, kernel)
-            expected = run("dense", tensors, row, 0.4)
-            assert (attend(tensors, plan, scaling=0.4) - expected).abs().max() < 1e-5
-    assert len(compiled) == 1
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_the_first_row_compiles_for_rows_of_every_length(compiler, monkeypatch, recompute):
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    counter = CompileCounterWithBackend("aot_eager")
+    kernel = attention_flex.compiled_flex(counter)
+    lengths, compiled = set(), []
+    for seed in range(4):
+        row = forest(seed, longest=200)
+        assert row.n_tokens > attention_flex.BLOCK
+        lengths.add(row.n_tokens)
+        tensors = [x.float().requires_grad_() for x in random_tensors(row)]
+        plan = attention.plan_row("flex", row.end, row.segments, kernel)
+        call = partial(attend, plan=plan, scaling=0.4)
+        ours = checkpoint(call, tensors, use_reentrant=False) if recompute else call(tensors)
+        theirs = run("dense", tensors, row, 0.4)
+        assert (ours - theirs).abs().max() < 1e-5
+        upstream = torch.randn_like(ours)
+        expected = torch.autograd.grad(theirs, tensors, upstream)
+        for mine, other in zip(torch.autograd.grad(ours, tensors, upstream), expected, strict=True):
+            assert (mine - other).norm() <= 1e-5 * other.norm()
+        compiled.append(counter.frame_count)
+    assert len(lengths) == 4 and compiled[0] > 0 and set(compiled) == {compiled[0]}
 
 
 # -- a model: a packed row equals its rollouts one by one ------------------------------------------

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -27,7 +28,8 @@ def _helper(name):
 
 
 tiny_vl = _helper("_tiny_vl")
-loop_kernel = _helper("test_attention").loop_kernel
+test_attention = _helper("test_attention")
+loop_kernel = test_attention.loop_kernel
 
 FP32 = ModelConfig(dtype="float32", gradient_checkpointing=False)
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -152,13 +154,14 @@ def test_qwen2_vl_too(tmp_path, policies):
 
 @pytest.mark.parametrize(
     ("checkpointing", "backend"),
-    [(False, "dense"), (True, "dense"), (False, "varlen"), (True, "varlen")],
-    ids=lambda x: str(x),
+    list(itertools.product((False, True), ("dense", "varlen", "flash", "flex"))),
+    ids=str,
 )
 def test_gradients_equal_plain_rows(base, adapter, policies, checkpointing, backend):
     model = replace_config(FP32, gradient_checkpointing=checkpointing, attention=backend)
-    # With checkpointing the CPU's own kernel, without it an independent one.
-    kernel = None if checkpointing else loop_kernel
+    # With checkpointing the CPU's own kernel where it has one, without it an independent one.
+    own = checkpointing and backend in ("dense", "varlen")
+    kernel = None if own else test_attention.INJECTED[backend]
     policy = policies(base, train=True, adapter=adapter, model=model, attention_kernel=kernel)
     questions = trees(2)
     row = pack_row(questions, policy.rope_index)
