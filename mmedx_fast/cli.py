@@ -89,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("dsa", "eval"):
             what = "specialty" if name == "dsa" else "model"
             sub.add_argument("--only", action="append", metavar=what.upper(), help=f"one {what}")
+        if name == "plan":
+            sub.add_argument("--gpu", default="h200", help="a100, h100, h200, b200, l40s, rtx4090")
+            sub.add_argument("--gpus", type=int, default=1, help="how many (default %(default)s)")
+            sub.add_argument("--price", type=float, help="dollars an hour of one GPU")
 
     sub = add("doctor", _doctor, "What this machine has, and which path each op takes on it")
     sub.add_argument("config", nargs="?", help="also what this config would use")
@@ -221,9 +225,15 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from mmedx_fast.cost import plan, plan_text
+    from dataclasses import replace
 
-    print(plan_text(plan(_config(options))))
+    from mmedx_fast.cost import plan, plan_text
+    from mmedx_fast.gpus import find_gpu
+
+    gpu = find_gpu(options.gpu)
+    if options.price is not None:
+        gpu = replace(gpu, dollars_per_hour=options.price)
+    print(plan_text(plan(_config(options), gpu=gpu, gpus=options.gpus)))
     return 0
 
 

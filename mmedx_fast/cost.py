@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mmedx_fast.config import Config
+from mmedx_fast.cost_memory import Part, fit, memory_parts
+from mmedx_fast.cost_text import plan_text
 from mmedx_fast.data.records import GUIDELINE_NAMES
 from mmedx_fast.flops import (
     Counts,
@@ -23,6 +25,7 @@ from mmedx_fast.flops import (
     train_flops,
     tree_counts,
 )
+from mmedx_fast.gpus import Gpu
 from mmedx_fast.meter import PhaseMeter, render_table
 
 __all__ = [
@@ -89,6 +92,11 @@ class Assumptions:
     test_questions: int | None = None
     """Null takes the phantom's size or ``data.limit``, else 2000 (MedXpertQA-MM's test set)."""
 
+    @classmethod
+    def of(cls, gpu: Gpu) -> Assumptions:
+        """The speed of ``gpu``, all else as by default."""
+        return cls(tflops=gpu.tflops, bandwidth=gpu.bandwidth)
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -103,18 +111,27 @@ def plan(
     assume: Assumptions | None = None,
     *,
     model_config: Mapping[str, Any] | None = None,
+    gpu: Gpu | None = None,
+    gpus: int = 1,
 ) -> dict[str, Any]:
     """Estimate a run: rows, tokens, FLOPs, memory and GPU hours of every stage, as plain JSON.
+
+    ``gpus`` GPUs share the questions. A ``gpu`` adds money and whether the run fits; the speed is
+    that of ``assume``, or of ``gpu`` where ``assume`` is not given.
 
     ``model_config`` is a Hugging Face config; null finds the model's own on disk, or takes the
     sizes of a known model. ``*_plain`` values are the same work with one sequence per rollout
     instead of a tree. Raises ValueError when the model is neither on disk nor known.
     """
-    assume = assume or Assumptions()
+    if gpus < 1:
+        raise ValueError(f"gpus = {gpus} must be at least 1")
+    if assume is None:
+        assume = Assumptions.of(gpu) if gpu else Assumptions()
     model = ModelShape.from_config(model_config or find_model(cfg.model.path))
-    facts = _Facts(cfg, assume, model)
+    facts = _Facts(cfg, assume, model, gpu, gpus)
     stages = [facts.dsa(), facts.rollout(), facts.update(), facts.evaluation()]
     keys = ("flops", "flops_plain", "gpu_hours", "gpu_hours_plain")
+    parts = facts.memory()
     return {
         "model": {
             "path": cfg.model.path,
@@ -125,15 +142,19 @@ def plan(
         "assumptions": dataclasses.asdict(assume) | facts.lengths(),
         "stages": stages,
         "total": {key: sum(stage[key] for stage in stages) for key in keys},
-        "memory": facts.memory(),
+        "memory": [dataclasses.asdict(part) for part in parts],
+        "machine": facts.machine(parts),
+        "per_1000_questions": facts.per_thousand(stages),
     }
 
 
 class _Facts:
     """The numbers behind one plan; every method gives one of its rows."""
 
-    def __init__(self, cfg: Config, assume: Assumptions, model: ModelShape):
-        self.cfg, self.assume, self.model = cfg, assume, model
+    def __init__(
+        self, cfg: Config, assume: Assumptions, model: ModelShape, gpu: Gpu | None, gpus: int
+    ):
+        self.cfg, self.assume, self.model, self.gpu, self.gpus = cfg, assume, model, gpu, gpus
         image = assume.image_tokens
         self.image = _max_image_tokens(cfg, model) if image is None else image
         self.prompt = self.image + assume.text_tokens
@@ -155,7 +176,8 @@ class _Facts:
         rows = 0 if dsa.reuse else len(dsa.specialties) * dsa.steps * dsa.questions_per_step
         known = len(GUIDELINE_NAMES)
         traces = min(self.cfg.dsa.traces_per_question or known, known)
-        return self._train("DSA: experts", rows, traces, n=1, passes=1)
+        steps = rows // dsa.questions_per_step
+        return self._train("DSA: experts", rows, traces, n=1, passes=1, steps=steps)
 
     def update(self) -> dict[str, Any]:
         gba = self.cfg.gba
@@ -163,7 +185,13 @@ class _Facts:
         n, inner = self.cfg.rollout.num_generations, gba.num_iterations
         forwards = (inner > 1) + (gba.loss.beta > 0)
         guidelines = len(gba.guidelines)
-        return self._train("GBA: updates", rows, guidelines, n=n, passes=inner, forwards=forwards)
+        return self._train(
+            *("GBA: updates", rows, guidelines),
+            n=n,
+            passes=inner,
+            forwards=forwards,
+            steps=gba.steps,
+        )
 
     def rollout(self) -> dict[str, Any]:
         gba, n = self.cfg.gba, self.cfg.rollout.num_generations
@@ -181,27 +209,34 @@ class _Facts:
         questions += candidates * caci.selection_limit if candidates > 1 else 0
         return self._generate("CACI and evaluation", 1, questions, 1, 1, questions)
 
-    def memory(self) -> list[dict[str, Any]]:
-        """Bytes on one GPU without ZeRO sharding; the parts, largest uncertainty in the
-        activations."""
-        cfg, model = self.cfg, self.model
-        tokens = min(cfg.gba.max_row_tokens, self._tree(len(cfg.gba.guidelines), self._n()).tokens)
-        width = 4 * model.hidden + 3 * model.intermediate
-        layer = tokens * width * self.bytes
-        kept = tokens * model.hidden * self.bytes * model.layers
-        activations = kept + layer if cfg.model.gradient_checkpointing else layer * model.layers
-        sequence = self.prompt + self.guideline + cfg.rollout.max_completion_length
-        cache = cfg.rollout.max_num_seqs * sequence * model.kv_bytes(self.bytes)
-        weights = model.params * self.bytes
-        engine = weights if cfg.rollout.engine == "vllm" else 0
-        parts = {
-            "trainer weights (frozen)": weights,
-            "rollout engine weights": engine,
-            "KV cache, all sequences at full length": cfg.rollout.kv_cache_memory_bytes or cache,
-            "LoRA: weights, gradient, fp32 master, Adam": 16 * model.lora_params(cfg.lora.r),
-            f"activations of a row of {tokens:,} tokens": activations,
-        }
-        return [{"part": name, "bytes": int(size)} for name, size in parts.items()]
+    def memory(self) -> list[Part]:
+        """Bytes on one GPU, largest uncertainty in the activations."""
+        tree = self._tree(len(self.cfg.gba.guidelines), self._n())
+        return memory_parts(self.cfg, self.model, tree, self._sequence(), self.gpu, self.gpus)
+
+    def machine(self, parts: Sequence[Part]) -> dict[str, Any] | None:
+        """The GPUs and whether one of them holds its part; None where none was named."""
+        if self.gpu is None:
+            return None
+        sequence = self._sequence() * self.model.kv_bytes(self.bytes)
+        held = fit(self.cfg, parts, sequence, self.gpu)
+        return dataclasses.asdict(self.gpu) | {"gpus": self.gpus} | held
+
+    def per_thousand(self, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """GPU hours and dollars of GBA for 1,000 questions with all their rollouts."""
+        gba = [stage for stage in stages if stage["stage"].startswith("GBA")]
+        questions = max(1, gba[0]["rows"])
+        found: dict[str, Any] = {"responses": 1000 * len(self.cfg.gba.guidelines) * self._n()}
+        for kind in ("", "_plain"):
+            hours = 1000 * sum(stage[f"gpu_hours{kind}"] for stage in gba) / questions
+            found[f"gpu_hours{kind}"] = hours
+            price = None if self.gpu is None else self.gpu.dollars_per_hour
+            found[f"dollars{kind}"] = None if price is None else hours * price
+        return found
+
+    def _sequence(self) -> int:
+        """Tokens of a rollout at full length."""
+        return self.prompt + self.guideline + self.cfg.rollout.max_completion_length
 
     def _n(self) -> int:
         return self.cfg.rollout.num_generations
@@ -211,7 +246,15 @@ class _Facts:
         return tree_counts(*lengths, guidelines=guidelines, n=n)
 
     def _train(
-        self, name: str, rows: int, guidelines: int, *, n: int, passes: int, forwards: int = 0
+        self,
+        name: str,
+        rows: int,
+        guidelines: int,
+        *,
+        n: int,
+        passes: int,
+        steps: int,
+        forwards: int = 0,
     ) -> dict[str, Any]:
         lengths = (self.prompt, self.guideline, self.response)
         pair = [self._tree(guidelines, n), plain_counts(*lengths, guidelines=guidelines, n=n)]
@@ -221,7 +264,7 @@ class _Facts:
             for c in pair
         ]
         tokens = [rows * c.tokens for c in pair]
-        return self._row(name, rows, rows * guidelines * n, tokens, flops)
+        return self._row(name, rows, rows * guidelines * n, tokens, flops, steps)
 
     def _step_flops(self, counts: Counts) -> float:
         checkpointing = self.cfg.model.gradient_checkpointing
@@ -242,13 +285,14 @@ class _Facts:
         cold = plain_counts(*bare, guidelines=guidelines, n=n)
         flops = [rows * forward_flops(self.model, c, self.image) for c in (tree, plain)]
         tokens = [rows * c.tokens for c in (tree, plain)]
-        at_once = max(1, min(batch, self.cfg.rollout.max_num_seqs))
-        steps = calls * math.ceil(batch / at_once) * self.response
+        each = math.ceil(batch / self.gpus)  # rollouts of one GPU; every one reads all weights
+        at_once = max(1, min(each, self.cfg.rollout.max_num_seqs))
+        steps = self.gpus * calls * math.ceil(each / at_once) * self.response
         context = self.prompt + self.guideline + self.response / 2
         cache = rollouts * self.response * context * self.model.kv_bytes(self.bytes)
         reads = (steps * self.model.params * self.bytes + cache) / (self.assume.bandwidth * 1e12)
         shared = self._tree(guidelines, n).tokens - tree.targets
-        row = self._row(name, rows, rollouts, tokens, flops, at_least=reads)
+        row = self._row(name, rows, rollouts, tokens, flops, calls, at_least=reads)
         return row | {"prefill_tokens": rows * shared, "prefill_tokens_plain": rows * cold.tokens}
 
     def _row(
@@ -258,9 +302,11 @@ class _Facts:
         rollouts: int,
         tokens: Sequence[int],
         flops: Sequence[float],
+        steps: int,
         at_least: float = 0.0,
     ) -> dict[str, Any]:
         hours = [max(f / (self.assume.tflops * 1e12), at_least) / 3600 for f in flops]
+        seconds = [3600 * h / self.gpus / max(1, steps) for h in hours]
         return {
             "stage": name,
             "rows": rows,
@@ -271,6 +317,9 @@ class _Facts:
             "flops_plain": flops[1],
             "gpu_hours": hours[0],
             "gpu_hours_plain": hours[1],
+            "steps": steps,
+            "seconds_per_step": seconds[0],
+            "seconds_per_step_plain": seconds[1],
         }
 
     def _test_questions(self) -> int:
@@ -279,49 +328,6 @@ class _Facts:
         data = self.cfg.data
         whole = self.cfg.phantom.test if data.test == "phantom" else data.limit or 2000
         return min(whole, data.limit or whole)
-
-
-def plan_text(estimate: Mapping[str, Any]) -> str:
-    """A plan as text: stages, total, memory and everything that was assumed."""
-    model, assumed, total = estimate["model"], estimate["assumptions"], estimate["total"]
-    rows = [
-        [
-            stage["stage"],
-            f"{stage['rows']:,}",
-            f"{stage['responses']:,}",
-            _count(stage["tokens"]),
-            f"{stage['tokens_plain'] / stage['tokens']:.2f}x" if stage["tokens"] else "-",
-            f"{stage['flops'] / 1e15:,.3g}",
-            f"{stage['gpu_hours']:,.3g}",
-            f"{stage['gpu_hours_plain']:,.3g}",
-        ]
-        for stage in estimate["stages"]
-    ]
-    hours = [f"{total[key]:,.3g}" for key in ("gpu_hours", "gpu_hours_plain")]
-    rows.append(["total", "", "", "", "", f"{total['flops'] / 1e15:,.3g}", *hours])
-    headers = [
-        "stage",
-        "questions",
-        "responses",
-        "tokens",
-        "saved",
-        "PFLOP",
-        "GPU h",
-        "plain GPU h",
-    ]
-    memory = [[part["part"], f"{part['bytes'] / 2**30:.2f}"] for part in estimate["memory"]]
-    memory.append(["total", f"{sum(p['bytes'] for p in estimate['memory']) / 2**30:.2f}"])
-    parts = [
-        f"{model['path']}: {_count(model['parameters'])} parameters, "
-        f"{_count(model['lora_parameters'])} in a LoRA, "
-        f"{model['gflops_per_token']:.3g} GFLOP/token",
-        render_table(headers, rows),
-        render_table(["memory of one GPU, nothing sharded", "GiB"], memory),
-        "An estimate, assuming: "
-        + ", ".join(f"{k} {v}" for k, v in assumed.items() if v is not None),
-        "'plain' is the same work with one sequence per response and no shared prefix.",
-    ]
-    return "\n\n".join(parts)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -362,10 +368,3 @@ def _max_image_tokens(cfg: Config, model: ModelShape) -> int:
 
         pixels = min(pixels, IMAGE_SIZE**2)
     return max(1, pixels // (model.vision.patch * model.vision.merge) ** 2)
-
-
-def _count(value: float) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"

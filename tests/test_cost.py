@@ -10,6 +10,7 @@ import pytest
 
 from mmedx_fast.config import Config
 from mmedx_fast.cost import KNOWN_MODELS, Assumptions, PhaseMeter, plan, plan_text, render_table
+from mmedx_fast.cost_memory import LOGITS_TILE, zero_stage
 from mmedx_fast.flops import (
     Counts,
     ModelShape,
@@ -19,6 +20,7 @@ from mmedx_fast.flops import (
     train_flops,
     tree_counts,
 )
+from mmedx_fast.gpus import GPUS, find_gpu
 
 SEVEN_B = ModelShape.from_config(KNOWN_MODELS["qwen2.5-vl-7b-instruct"])
 
@@ -259,6 +261,128 @@ def test_plan_of_an_unknown_model_says_what_to_do(tmp_path):
     assert plan(_cfg(model={"path": str(tmp_path)}))["model"]["parameters"] < 1e6
     with pytest.raises(ValueError, match="tflops = 0"):
         Assumptions(tflops=0)
+
+
+H200 = GPUS["h200"]
+
+
+def _parts(estimate):
+    return {part["name"].split(" of ")[0]: part["bytes"] for part in estimate["memory"]}
+
+
+def test_memory_parts_are_those_of_the_model():
+    cfg = _cfg(
+        lora={"r": 64}, gba={"max_row_tokens": 8192}, rollout={"gpu_memory_utilization": 0.4}
+    )
+    parts = _parts(plan(cfg, gpu=H200))
+    assert (
+        parts["trainer weights (frozen)"] == parts["rollout engine weights"] == 2 * SEVEN_B.params
+    )
+    lora = SEVEN_B.lora_params(64)
+    assert parts["LoRA: fp32 weights and gradient"] == parts["optimizer: Adam's two moments"]
+    assert parts["optimizer: Adam's two moments"] == 8 * lora
+    assert parts["KV cache"] == int(0.4 * 141e9) - 2 * SEVEN_B.params
+    # inputs of 28 checkpointed layers, and one layer's insides
+    inside = 8192 * (4 * 3584 + 3 * 18944) * 2
+    assert parts["activations"] == 8192 * 3584 * 2 * 28 + inside
+    bare = _parts(plan(cfg, Assumptions(image_tokens=1024)))
+    assert bare["KV cache"] == 64 * (1024 + 200 + 60 + 512) * 57_344
+
+
+def test_the_logits_tile_is_the_kernels():
+    from mmedx_fast.kernels import _logits
+
+    assert LOGITS_TILE == _logits.CUDA_TILE_BYTES
+    assert _parts(plan(_cfg()))["logits tile, fp32"] == LOGITS_TILE
+    one = _cfg(
+        gba={"questions_per_step": 1, "guidelines": ["analytic"]}, rollout={"num_generations": 1}
+    )
+    assert _parts(plan(one, Assumptions(response_tokens=7)))["logits tile, fp32"] == 4 * 152064 * 7
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "adapter", "optimizer"),
+    [(0, 1, 8, 8), (1, 1, 8, 2), (2, 1, 5, 2), (3, 0.25, 5, 2)],
+)
+def test_zero_stages_shard_what_they_say(stage, weights, adapter, optimizer):
+    cfg = _cfg(deepspeed={"zero_optimization": {"stage": stage}}, lora={"r": 16})
+    parts = _parts(plan(cfg, gpu=H200, gpus=4))
+    assert zero_stage(cfg) == stage
+    assert parts["trainer weights (frozen)"] == int(weights * 2 * SEVEN_B.params)
+    assert parts["LoRA: fp32 weights and gradient"] == adapter * 40_370_176
+    assert parts["optimizer: Adam's two moments"] == optimizer * 40_370_176
+
+
+def test_an_unreadable_deepspeed_file_is_named(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match=r"zero\.json"):
+        zero_stage(_cfg(deepspeed=str(path)))
+
+
+def test_a_run_fits_or_says_what_does_not():
+    fits = plan(_cfg(), gpu=H200)["machine"]
+    assert fits["fits"] and not fits["problems"] and fits["sequences"] == 64
+    parts = plan(_cfg(), gpu=H200)["memory"]
+    held = {
+        p: sum(x["bytes"] for x in parts if x["phase"] == p)
+        for p in ("always", "update", "rollout")
+    }
+    assert fits["peak"] == held["always"] + max(held["update"], held["rollout"])
+    awake = plan(_cfg(rollout={"sleep": False}), gpu=H200)["machine"]
+    assert awake["peak"] == sum(held.values())
+    small = plan(_cfg(), gpu=GPUS["rtx4090"])
+    assert not small["machine"]["fits"] and len(small["machine"]["problems"]) == 2
+    assert "does NOT fit" in plan_text(small) and "gpu_memory_utilization" in plan_text(small)
+    wide = _cfg(gba={"max_row_tokens": 500_000, "questions_per_step": 256})
+    assert "max_row_tokens" in plan(wide, gpu=H200)["machine"]["problems"][0]
+
+
+def test_money_and_time_follow_hours_and_gpus():
+    cfg = _cfg(gba={"steps": 5, "questions_per_step": 4})
+    one = plan(cfg, gpu=H200)
+    bill, stages = one["per_1000_questions"], {s["stage"]: s for s in one["stages"]}
+    gba = [stages["GBA: rollouts"], stages["GBA: updates"]]
+    assert bill["responses"] == 16_000
+    for kind in ("", "_plain"):
+        hours = 1000 * sum(s[f"gpu_hours{kind}"] for s in gba) / 20
+        assert bill[f"gpu_hours{kind}"] == pytest.approx(hours)
+        assert bill[f"dollars{kind}"] == pytest.approx(hours * H200.dollars_per_hour)
+    assert bill["dollars"] < bill["dollars_plain"]
+    update = stages["GBA: updates"]
+    assert update["steps"] == 5
+    assert update["seconds_per_step"] == pytest.approx(update["gpu_hours"] * 3600 / 5)
+    two = {s["stage"]: s for s in plan(cfg, gpu=H200, gpus=2)["stages"]}
+    assert two["GBA: updates"]["seconds_per_step"] == pytest.approx(update["seconds_per_step"] / 2)
+    # each engine reads all the weights, so rollouts gain less than twofold
+    ratio = gba[0]["seconds_per_step"] / two["GBA: rollouts"]["seconds_per_step"]
+    assert 1 < ratio <= 2
+    text = plan_text(one)
+    assert "1 x h200: fits" in text and "s/step" in text and "1,000 questions of GBA" in text
+    assert json.loads(json.dumps(one)) == one
+    assert plan(cfg)["machine"] is None and plan(cfg)["per_1000_questions"]["dollars"] is None
+
+
+def test_plan_command_takes_gpu_and_price(capsys):
+    from mmedx_fast import cli
+
+    assert (
+        cli.main(["plan", "qwen2_5_vl_7b.yaml", "--gpu", "H100", "--gpus", "4", "--price", "9"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "4 x h100: fits" in said and "assumed $9.00" in said
+    for wrong in (["--gpu", "none"], ["--gpus", "0"]):
+        assert cli.main(["plan", "qwen2_5_vl_7b.yaml", *wrong]) != 0
+        assert wrong[0].strip("-") in capsys.readouterr().err
+
+
+def test_gpus_are_found_by_name():
+    assert find_gpu("B200").peak_tflops == 2250
+    with pytest.raises(ValueError, match="h200"):
+        find_gpu("x")
+    for gpu in GPUS.values():
+        assert 0 < gpu.tflops < gpu.peak_tflops and 0 < gpu.usable < gpu.memory
 
 
 def test_plan_imports_no_torch():

@@ -1,0 +1,73 @@
+"""GPUs a plan can be made for: published peaks, and an hourly price to multiply by. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+COMPUTE_SHARE = 0.40
+"""Part of the dense bf16 peak that training sustains."""
+BANDWIDTH_SHARE = 0.50
+"""Part of the peak memory bandwidth that decoding sustains."""
+USABLE_SHARE = 0.94
+"""Part of the memory that is left by the CUDA context and by fragmentation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU, by its data sheet; the price is an assumption."""
+
+    name: str
+    memory: int
+    """Bytes."""
+    peak_tflops: float
+    """Dense bf16 with float32 accumulation."""
+    peak_bandwidth: float
+    """TB/s."""
+    dollars_per_hour: float
+    """About what clouds ask for one by the hour; ``mmedx plan --price`` takes yours."""
+
+    @property
+    def tflops(self) -> float:
+        """Sustained, by :data:`COMPUTE_SHARE`."""
+        return COMPUTE_SHARE * self.peak_tflops
+
+    @property
+    def bandwidth(self) -> float:
+        """Sustained TB/s, by :data:`BANDWIDTH_SHARE`."""
+        return BANDWIDTH_SHARE * self.peak_bandwidth
+
+    @property
+    def usable(self) -> float:
+        """Bytes that tensors can take."""
+        return USABLE_SHARE * self.memory
+
+
+def _gpu(name: str, gb: int, tflops: float, bandwidth: float, price: float) -> Gpu:
+    return Gpu(
+        name=name,
+        memory=gb * 10**9,
+        peak_tflops=tflops,
+        peak_bandwidth=bandwidth,
+        dollars_per_hour=price,
+    )
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("a100", 80, 312, 2.04, 1.8),
+        _gpu("h100", 80, 989, 3.35, 2.8),
+        _gpu("h200", 141, 989, 4.8, 3.5),
+        _gpu("b200", 180, 2250, 7.7, 5.5),
+        _gpu("l40s", 48, 362, 0.864, 0.9),
+        _gpu("rtx4090", 24, 165, 1.01, 0.4),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name, in any case. Raises ValueError naming the known ones."""
+    gpu = GPUS.get(name.lower())
+    if gpu is None:
+        raise ValueError(f"gpu {name!r} is unknown; choose from {', '.join(GPUS)}")
+    return gpu
