@@ -160,7 +160,8 @@ def test_first_signal_waits_for_the_step_and_the_second_does_not() -> None:
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
 def test_token_weights_of_a_steps_rows_add_up_to_one_mean(loss_type: str) -> None:
-    """Two rows, three rollouts of unequal length: the weights are those of the step, not of a row."""
+    """Two rows, three rollouts of unequal length: the weights are those of the step, not of a row. A
+    row without work weighs nothing."""
     from types import SimpleNamespace
 
     from mmedx_fast.stages.gba import _Trainer
@@ -169,16 +170,18 @@ def test_token_weights_of_a_steps_rows_add_up_to_one_mean(loss_type: str) -> Non
     rows = [
         SimpleNamespace(branch_index=torch.tensor([0, 0, 1, 1, 1])),
         SimpleNamespace(branch_index=torch.tensor([0] * 5)),
+        SimpleNamespace(branch_index=torch.tensor([0])),
     ]
+    plans = [SimpleNamespace(branches=branches) for branches in ((0, 1), (2,), ())]
     trainer = SimpleNamespace(cfg=SimpleNamespace(rollout=SimpleNamespace(max_completion_length=5)))
-    weights = _Trainer._weights(trainer, rows, rollouts, [0, 1, 2], loss_type)
+    weights = _Trainer._weights(trainer, plans, rows, rollouts, [0, 1, 2], loss_type)
     expected = {
         "grpo": [1 / 6, 1 / 6, 1 / 9, 1 / 9, 1 / 9] + [1 / 15] * 5,
         "bnpo": [0.1] * 10,
         "dapo": [0.1] * 10,
         "dr_grpo": [1 / 15] * 10,
     }[loss_type]
-    torch.testing.assert_close(torch.cat(weights), torch.tensor(expected))
+    torch.testing.assert_close(torch.cat(weights), torch.tensor([*expected, 0.0]))
 
 
 @pytest.mark.parametrize(("free", "device"), [(2.1, "cuda"), (1.9, "cpu")])

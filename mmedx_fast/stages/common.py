@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from mmedx_fast.run_folder import Stage, write_folder
 
 if TYPE_CHECKING:
     from mmedx_fast.cost import PhaseMeter
+    from mmedx_fast.planner import RowPlan
     from mmedx_fast.policy import Policy
+    from mmedx_fast.tree import PackedRow, Tree
 
 
 def deepspeed_settings(cfg: Config) -> dict[str, Any]:
@@ -43,10 +46,16 @@ def save_progress(
     cfg: Config,
     extra: Mapping[str, Any],
 ) -> None:
-    """Checkpoint after ``step`` updates: adapter, optimizer, schedule, generators, phase meter."""
+    """Checkpoint after ``step`` updates: adapter, optimizer, schedule, generators, phase meter.
+
+    Every rank calls it, rank 0 writes.
+    """
+    from mmedx_fast import ranks
     from mmedx_fast.checkpoint import rng_state, save_checkpoint
 
     tensors, meta = policy.state()
+    if not ranks.is_main():
+        return
     rng_tensors, rng_meta = rng_state()
     state = {f"policy/{name}": tensor for name, tensor in tensors.items()} | rng_tensors
     info = {"policy": meta, "rng": rng_meta, "meter": meter.to_dict(), "extra": dict(extra)}
@@ -88,6 +97,57 @@ def row_target(policy: Policy) -> int | None:
     return DENSE_TARGET_TOKENS if short else None
 
 
+def own_rows(policy: Policy, trees: Sequence[Tree], max_row_tokens: int) -> list[RowPlan]:
+    """This rank's rows of a step; every rank plans the same trees, and all get equally many rows."""
+    from mmedx_fast import ranks
+    from mmedx_fast.planner import plan_ranks
+
+    plans = plan_ranks(trees, ranks.world_size(), max_row_tokens, target_tokens=row_target(policy))
+    return plans[ranks.rank()]
+
+
+def all_parts(raw: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The raw metrics of all ranks' rows, for ``merge_metrics`` and ``reduce_metrics``."""
+    from mmedx_fast import ranks
+
+    return [part for own in ranks.all_gather(raw) for part in own]
+
+
+def row_tokens(rows: Iterable[PackedRow]) -> tuple[int, int]:
+    """Tokens of the step's rows, all ranks together: (as plain rows, as computed)."""
+    from mmedx_fast import ranks
+
+    counts = ranks.all_gather([[row.n_tokens_plain, row.n_tokens] for row in rows])
+    plain, computed = (sum(column) for column in zip(*sum(counts, []), strict=True))
+    return plain, computed
+
+
+class _NoLog:
+    """Takes metrics and writes nothing."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+
+def metrics_log(stage: Stage, tb_dir: Path, done: int) -> AbstractContextManager[Any]:
+    """The stage's MetricsLogger on rank 0; on the others one that writes nothing."""
+    from mmedx_fast import ranks
+    from mmedx_fast.metrics import MetricsLogger
+
+    if not ranks.is_main():
+        return nullcontext(_NoLog())
+    return MetricsLogger(stage.dir, tb_dir, resume_step=done)
+
+
+def finish(stage: Stage, result: dict[str, Any]) -> None:
+    """Rank 0 marks the stage as done; the other ranks see it when this returns."""
+    from mmedx_fast import ranks
+
+    if ranks.is_main():
+        stage.finish(result)
+    ranks.barrier()
+
+
 def check_tree(policy: Policy, question: Question, guidelines: Sequence[str | None]) -> None:
     """Before training: one packed tree must give the log-probs of plain rows, or training stops here.
 
@@ -101,7 +161,16 @@ def check_tree(policy: Policy, question: Question, guidelines: Sequence[str | No
 
 
 def take_over(stage: Stage, source: Path) -> None:
-    """Copy a finished stage's adapters and metrics from another run folder."""
+    """Copy a finished stage's adapters and metrics from another run folder; rank 0 does it."""
+    from mmedx_fast import ranks
+
+    ranks.join()
+    if ranks.is_main():
+        _copy_stage(stage, source)
+    ranks.barrier()
+
+
+def _copy_stage(stage: Stage, source: Path) -> None:
     theirs = source / stage.name
     try:
         result = json.loads((theirs / "done.json").read_text(encoding="utf-8"))["result"]
@@ -144,6 +213,12 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; every rank calls it at the same place."""
+        from mmedx_fast import ranks
+
+        return any(ranks.all_gather(self.requested))
 
     def _handle(self, number: int, _frame: object) -> None:
         if self.requested:

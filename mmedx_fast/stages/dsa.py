@@ -16,10 +16,14 @@ from mmedx_fast.run_folder import Stage
 from mmedx_fast.stages.common import (
     Stopped,
     StopSignal,
+    all_parts,
     check_tree,
     deepspeed_settings,
+    finish,
     load_progress,
-    row_target,
+    metrics_log,
+    own_rows,
+    row_tokens,
     save_progress,
     seed_everything,
     take_over,
@@ -109,7 +113,6 @@ def _training_questions(ctx: Context, specialty: str) -> list[Question]:
 
 def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
     from mmedx_fast.cost import PhaseMeter
-    from mmedx_fast.metrics import MetricsLogger
     from mmedx_fast.policy import Policy
 
     cfg, dsa = ctx.cfg, ctx.cfg.dsa
@@ -133,22 +136,24 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
             batches(len(questions), dsa.questions_per_step, dsa.steps, (cfg.seed, specialty))
         )
         with (
-            MetricsLogger(stage.dir, ctx.run.path / "tb" / stage.name, resume_step=done) as log,
+            metrics_log(stage, ctx.run.path / "tb" / stage.name, done) as log,
             progress(dsa.steps, f"DSA {specialty}", unit="step", start=done) as bar,
             StopSignal() as stop,
         ):
             for step in range(done + 1, dsa.steps + 1):
                 metrics = _update(policy, [questions[i] for i in order[step - 1]], step, meter, ctx)
                 log.log(step, metrics | meter.take())
-                due = step % dsa.save_steps == 0 or stop.requested
+                stopping = stop.agreed()
+                due = step % dsa.save_steps == 0 or stopping
                 if due and step < dsa.steps:
                     save_progress(stage, step, policy, meter, cfg, {})
-                    if stop.requested:
+                    if stopping:
                         raise Stopped(f"DSA {specialty} stopped after step {step}; it is saved")
                 bar.update(1, loss=metrics["loss"])
         policy.save_adapter(stage.dir / "adapter")
         phases = meter.to_dict()
-        stage.finish(
+        finish(
+            stage,
             {
                 "specialty": specialty,
                 "questions": len(questions),
@@ -157,7 +162,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
                 "base_fingerprint": policy.fingerprint,
                 "seconds": sum(phase["seconds"] for phase in phases.values()),
                 "phases": phases,
-            }
+            },
         )
     finally:
         policy.close()
@@ -169,24 +174,21 @@ def _update(
     """One optimizer step: the mean over all target tokens of the batch's negative log-likelihood."""
     import torch
 
-    from mmedx_fast.planner import plan_rows
+    from mmedx_fast.ops import merge_metrics
 
     with meter.phase("data"):
         traces = ctx.cfg.dsa.traces_per_question
         made = [sft_tree(question, traces, step + n) for n, question in enumerate(questions)]
         tokens = sum(sum(lengths) for _, lengths in made)
-        plans = plan_rows(
-            [tree for tree, _ in made],
-            ctx.cfg.gba.max_row_tokens,
-            target_tokens=row_target(policy),
-        )
+        plans = own_rows(policy, [tree for tree, _ in made], ctx.cfg.gba.max_row_tokens)
         rows = [plan.pack(policy.rope_index) for plan in plans]
-    loss = 0.0
-    computed = sum(row.n_tokens for row in rows)
+        plain, computed = row_tokens(rows)
+    raw = []
     with meter.phase("train", tokens=computed):
-        for row in rows:
-            weight = torch.full(row.targets.shape, 1.0 / tokens)
-            loss += policy.sft_backward(row, weight)["sum:loss"]
+        for plan, row in zip(plans, rows, strict=True):
+            # A row without work takes part with weight 0.
+            weight = torch.full(row.targets.shape, 1.0 / tokens if plan.branches else 0.0)
+            raw.append(policy.sft_backward(row, weight))
         stepped = policy.step()
-    plain = sum(row.n_tokens_plain for row in rows)
+    loss = merge_metrics(all_parts(raw))["sum:loss"]
     return {"loss": loss, "tokens_saved": plain / computed, **stepped}

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmedx_fast import ranks
 from mmedx_fast.progress import progress
 from mmedx_fast.prompts import Question
 from mmedx_fast.rollout import Rollout, Sampling
@@ -23,10 +24,14 @@ from mmedx_fast.run_folder import Stage, write_folder, write_text
 from mmedx_fast.stages.common import (
     Stopped,
     StopSignal,
+    all_parts,
     check_tree,
     deepspeed_settings,
+    finish,
     load_progress,
-    row_target,
+    metrics_log,
+    own_rows,
+    row_tokens,
     save_progress,
     seed_everything,
     take_over,
@@ -80,12 +85,14 @@ def start_adapter(ctx: Context, stage: Stage) -> Path | None:
     if start != "experts_mean":
         return expert_adapter(ctx, start)
     folder = stage.dir / "start"
-    if not folder.exists():
+    ranks.join()
+    if ranks.is_main() and not folder.exists():
         from mmedx_fast.stages.adapters import write_mean_adapter
 
         sources = {name: expert_adapter(ctx, name) for name in ctx.cfg.dsa.specialties}
         with write_folder(folder) as partial:
             write_mean_adapter(partial, sources, ctx.cfg.lora, ctx.cfg.gba.start_scale)
+    ranks.barrier()
     return folder
 
 
@@ -129,7 +136,6 @@ class _Trainer:
 
     def run(self) -> None:
         from mmedx_fast.cost import PhaseMeter
-        from mmedx_fast.metrics import MetricsLogger
 
         try:
             check_tree(self.policy, self.questions[0], self.gba.guidelines)
@@ -146,7 +152,7 @@ class _Trainer:
             )
             tb = self.ctx.run.path / "tb" / self.stage.name
             with (
-                MetricsLogger(self.stage.dir, tb, resume_step=done) as log,
+                metrics_log(self.stage, tb, done) as log,
                 progress(self.gba.steps, "GBA", unit="step", start=done) as bar,
                 StopSignal() as stop,
             ):
@@ -156,10 +162,11 @@ class _Trainer:
                 for step in range(done + 1, self.gba.steps + 1):
                     metrics = self.step(step, [self.questions[i] for i in order[step - 1]])
                     log.log(step, metrics | self.meter.take())
-                    due = step % self.gba.save_steps == 0 or stop.requested
+                    stopping = stop.agreed()
+                    due = step % self.gba.save_steps == 0 or stopping
                     if due and step < self.gba.steps:
                         save_progress(self.stage, step, self.policy, self.meter, self.cfg, {})
-                        if stop.requested:
+                        if stopping:
                             raise Stopped(f"GBA stopped after step {step}; it is saved")
                     bar.update(1, reward=metrics["reward"])
             self._finish(checksum)
@@ -171,9 +178,10 @@ class _Trainer:
         rollouts = self.generate(step, questions)
         with self.meter.phase("reward"):
             columns = reward_columns(questions, rollouts)
-            scores = self.rewards.score(columns)
+            scores = self._scores(columns)
             advantages, use, metrics = self.advantages(rollouts, scores)
-        self.keep_samples(step, columns, scores, advantages)
+        if ranks.is_main():
+            self.keep_samples(step, columns, scores, advantages)
         metrics |= self.update(questions, rollouts, advantages, use)
         self.sync(step)
         if self.hit_rate is not None:
@@ -183,6 +191,7 @@ class _Trainer:
     # -- rollouts --------------------------------------------------------------------------------
 
     def generate(self, step: int, questions: list[Question]) -> list[Rollout]:
+        """The rollouts of all questions; with several ranks each makes those of its share."""
         settings = self.cfg.rollout
         sampling = Sampling(
             n=settings.num_generations,
@@ -190,8 +199,11 @@ class _Trainer:
             max_tokens=settings.max_completion_length,
             seed=_step_seed(self.cfg.seed, step),
         )
+        own = range(ranks.rank(), len(questions), ranks.world_size())
         with self.meter.phase("rollout"):
-            rollouts = self.ctx.engine.generate(questions, self.gba.guidelines, sampling)
+            asked = [questions[i] for i in own]
+            made = self.ctx.engine.generate(asked, self.gba.guidelines, sampling) if asked else []
+            rollouts = gather_rollouts(made, own)
         self.meter.add("rollout", tokens=sum(len(r.token_ids) for r in rollouts))
         self.ctx.engine.sleep()
         self.hit_rate = self.ctx.engine.stats().prefix_cache_hit_rate
@@ -202,13 +214,24 @@ class _Trainer:
         with self.meter.phase("sync"):
             folder = self.stage.dir / "sync" / f"step-{step:06d}"
             self.policy.save_adapter(folder)
+            ranks.barrier()
             self.ctx.engine.wake()
             self.ctx.engine.load_adapter(folder, version=step)
-            for old in folder.parent.iterdir():
+            ranks.barrier()
+            for old in folder.parent.iterdir() if ranks.is_main() else ():
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
 
     # -- advantages ------------------------------------------------------------------------------
+
+    def _scores(self, columns: dict[str, list[Any]]) -> np.ndarray:
+        """Rewards [B, M] float32. Rank 0's: the ranks must agree on what trains."""
+        import numpy as np
+
+        scores = self.rewards.score(columns)
+        if ranks.world_size() == 1:
+            return scores
+        return np.asarray(ranks.from_main(scores.tolist()), dtype=scores.dtype)
 
     def advantages(
         self, rollouts: list[Rollout], scores: np.ndarray
@@ -261,7 +284,6 @@ class _Trainer:
         self, questions: list[Question], rollouts: list[Rollout], advantages: Tensor, use: Tensor
     ) -> dict[str, float]:
         from mmedx_fast.ops import reduce_metrics
-        from mmedx_fast.planner import plan_rows
 
         chosen = [i for i, used in enumerate(use.tolist()) if used]
         if not chosen:
@@ -269,19 +291,19 @@ class _Trainer:
             return {"skipped": 1.0, "tokens_saved": math.nan}
         with self.meter.phase("pack"):
             trees, flat = rollout_trees(questions, rollouts, chosen)
-            plans = plan_rows(trees, self.gba.max_row_tokens, target_tokens=row_target(self.policy))
+            plans = own_rows(self.policy, trees, self.gba.max_row_tokens)
             rows = [self.policy.with_image_features(p.pack(self.policy.rope_index)) for p in plans]
         batch = [
             self._targets(plan, row, flat, rollouts, advantages)
             for plan, row in zip(plans, rows, strict=True)
         ]
-        weights = self._weights(rows, rollouts, chosen, self.spec.loss_type)
+        weights = self._weights(plans, rows, rollouts, chosen, self.spec.loss_type)
         if self.spec.entropy_coef:  # TRL's bonus is a plain mean over tokens whatever the loss type
-            means = self._weights(rows, rollouts, chosen, "dapo")
+            means = self._weights(plans, rows, rollouts, chosen, "dapo")
             for tensors, mean in zip(batch, means, strict=True):
                 tensors["entropy_weight"] = mean
-        self._fixed_passes(rows, batch)
-        computed = sum(row.n_tokens for row in rows)
+        plain, computed = row_tokens(rows)
+        self._fixed_passes(rows, batch, computed)
         metrics: dict[str, float] = {}
         for _ in range(self.gba.num_iterations):
             with self.meter.phase("train", tokens=computed):
@@ -290,10 +312,9 @@ class _Trainer:
                     for row, weight, tensors in zip(rows, weights, batch, strict=True)
                 ]
                 stepped = self.policy.step()
-            metrics = reduce_metrics(raw) | stepped
+            metrics = reduce_metrics(all_parts(raw)) | stepped
         mismatch = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
         self._check_mismatch(mismatch)
-        plain = sum(row.n_tokens_plain for row in rows)
         return metrics | {"skipped": 0.0, "tokens_saved": plain / computed}
 
     def _targets(
@@ -307,6 +328,9 @@ class _Trainer:
         """Per-target tensors of a row; its branch b is rollout ``flat[plan.branches[b]]``."""
         import torch
 
+        if not plan.branches:  # without work: the numbers meet weight 0
+            nothing = torch.zeros(len(row.targets))
+            return {"advantages": nothing, "rollout_logprob": nothing}
         members = [flat[branch] for branch in plan.branches]
         sampled = torch.tensor([p for i in members for p in rollouts[i].logprobs])
         return {
@@ -315,9 +339,14 @@ class _Trainer:
         }
 
     def _weights(
-        self, rows: list[PackedRow], rollouts: list[Rollout], chosen: list[int], loss_type: str
+        self,
+        plans: list[RowPlan],
+        rows: list[PackedRow],
+        rollouts: list[Rollout],
+        chosen: list[int],
+        loss_type: str,
     ) -> list[Tensor]:
-        """Token weights that add up over all rows of the step."""
+        """Token weights that add up over all rows of the step, all ranks together."""
         from mmedx_fast.ops import token_weights
 
         tokens = sum(len(rollouts[i].token_ids) for i in chosen)
@@ -329,18 +358,21 @@ class _Trainer:
                 num_items_in_batch=tokens,
                 max_completion_length=self.cfg.rollout.max_completion_length,
             )
-            for row in rows
+            * (1.0 if plan.branches else 0.0)
+            for plan, row in zip(plans, rows, strict=True)
         ]
 
-    def _fixed_passes(self, rows: list[PackedRow], batch: list[dict[str, Tensor]]) -> None:
+    def _fixed_passes(
+        self, rows: list[PackedRow], batch: list[dict[str, Tensor]], computed: int
+    ) -> None:
         """Old log-probs when a batch is used more than once; reference ones only with a KL term."""
         temperature = self.spec.temperature
         if self.gba.num_iterations > 1:
-            with self.meter.phase("old_logprob", tokens=sum(row.n_tokens for row in rows)):
+            with self.meter.phase("old_logprob", tokens=computed):
                 for row, tensors in zip(rows, batch, strict=True):
                     tensors["old_logprob"] = self.policy.logprobs(row, temperature=temperature)[0]
         if self.spec.beta > 0:
-            with self.meter.phase("ref_logprob", tokens=sum(row.n_tokens for row in rows)):
+            with self.meter.phase("ref_logprob", tokens=computed):
                 for row, tensors in zip(rows, batch, strict=True):
                     tensors["ref_logprob"] = self.policy.logprobs(
                         row, temperature=temperature, use="reference"
@@ -380,11 +412,13 @@ class _Trainer:
                 "the trainer's base weights changed during RL; its adapter is not valid"
             )
         self.policy.save_adapter(self.stage.dir / "adapter")
-        shutil.rmtree(self.stage.dir / "sync", ignore_errors=True)
+        if ranks.is_main():
+            shutil.rmtree(self.stage.dir / "sync", ignore_errors=True)
         rows = read_metrics(self.stage.dir / "metrics.jsonl")
         phases = self.meter.to_dict()
         start = self.stage.dir / "start" / "mean.json"
-        self.stage.finish(
+        finish(
+            self.stage,
             {
                 "steps": self.gba.steps,
                 "start": self.gba.start,
@@ -395,7 +429,7 @@ class _Trainer:
                 "base_fingerprint": self.policy.fingerprint,
                 "seconds": sum(phase["seconds"] for phase in phases.values()),
                 "phases": phases,
-            }
+            },
         )
 
 
@@ -435,6 +469,15 @@ def image_findings(meta: dict[str, Any]) -> tuple[str, ...]:
     """What a row says its images show (column ``finding`` or ``findings``); used by rewards only."""
     found = meta.get("findings", meta.get("finding", ()))
     return (found,) if isinstance(found, str) else tuple(str(item) for item in found)
+
+
+def gather_rollouts(made: list[Rollout], own: Sequence[int]) -> list[Rollout]:
+    """All ranks' rollouts by question; ``own[k]`` is the number of this rank's k-th question."""
+    if ranks.world_size() == 1:
+        return made
+    rows = [vars(r) | {"question": own[r.question]} for r in made]
+    found = [Rollout(**row) for part in ranks.all_gather(rows) for row in part]
+    return sorted(found, key=lambda r: r.question)
 
 
 def rollout_trees(
