@@ -81,7 +81,8 @@ def _missing(name: str, device: str) -> str | None:
         if device != "cuda":
             return f"needs a CUDA device and this is {device}: use varlen"
         if find_spec("flash_attn") is None:
-            return "needs flash-attn, which is not installed: pip install flash-attn"
+            install = "pip install --no-build-isolation 'mmedx-fast[flash]'"
+            return f"needs flash-attn, which is not installed: {install}"
     if name == "flex":
         if device != "cuda":
             return f"has no backward on {device}: use varlen"

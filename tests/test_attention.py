@@ -221,10 +221,7 @@ TABLES = [
 ]
 
 
-@pytest.mark.parametrize(("seed", "longest", "block"), [(0, 7, 4), (1, 60, 16), (2, 60, 128)])
-def test_block_tables_are_those_of_create_block_mask(seed, longest, block):
-    end = forest(seed, longest).end
-
+def check_tables(end, block):
     def sees(batch, head, query, key):
         return (key <= query) & (query < end[key])
 
@@ -235,8 +232,20 @@ def test_block_tables_are_those_of_create_block_mask(seed, longest, block):
     for name in TABLES:
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         assert getattr(ours, name).dtype == torch.int32
+    return ours
+
+
+@pytest.mark.parametrize(("seed", "longest", "block"), [(0, 7, 4), (1, 60, 16), (2, 60, 128)])
+def test_block_tables_are_those_of_create_block_mask(seed, longest, block):
+    tables = check_tables(forest(seed, longest).end, block)
     if block < 128:
-        assert ours.full_kv_num_blocks.sum() > 0 and ours.kv_num_blocks.sum() > 0
+        assert tables.full_kv_num_blocks.sum() > 0 and tables.kv_num_blocks.sum() > 0
+
+
+@pytest.mark.parametrize("length", [20, 23])
+def test_block_tables_wherever_the_first_tree_ends(length):
+    for stop in range(6, length + 1):
+        check_tables(torch.tensor([stop] * stop + [length] * (length - stop)), 4)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -375,7 +384,7 @@ def test_flash_where_it_is_installed(monkeypatch):
     monkeypatch.setattr(attention, "find_spec", lambda name: name == "flash_attn" or None)
     assert attention.choose_backend("flash", "cuda") == "flash"
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="'flash' needs flash-attn, .* pip install flash-attn"):
+    with pytest.raises(ValueError, match="'flash' needs flash-attn, .* pip install .*flash"):
         attention.choose_backend("flash", "cuda")
 
 
