@@ -7,15 +7,20 @@ import socket
 import traceback
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmedx_fast import ranks
-from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig
+from mmedx_fast._paths import find_config
+from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig, load_config
+from mmedx_fast.cost import PhaseMeter
 from mmedx_fast.ops import PolicyLossSpec, merge_metrics
 from mmedx_fast.planner import plan_ranks
 from mmedx_fast.policy import Policy
+from mmedx_fast.rollout import Rollout
+from mmedx_fast.stages import dsa, gba
 
 STAGES = (1, 2, 3)
 CASES = [("frozen", 1), ("frozen", 2), ("frozen", 3), ("trained", 2), ("trained", 3)]
@@ -102,6 +107,61 @@ def train(base, stage, tower, adapter=None):
     return result
 
 
+def stage_steps(base, zero):
+    """What an update of GBA and one of DSA report, on rows of the same questions."""
+    cfg = load_config(find_config("demo.yaml"), ["gba.max_row_tokens=120", "gba.loss.beta=0.01"])
+    policy = Policy.load(
+        base,
+        model=ModelConfig(dtype="float32", gradient_checkpointing=False),
+        lora=LoraConfig(r=4, lora_alpha=8),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        total_steps=8,
+        deepspeed={"zero_optimization": {"stage": zero}},
+        seed=3,
+    )
+    meter, trees = PhaseMeter({}), questions(0)
+    rollouts = [
+        rollout_of(number, sample, branch)
+        for number, tree in enumerate(trees)
+        for sample, branch in enumerate(tree.branches)
+    ]
+    asked = [
+        SimpleNamespace(pixel_values=t.pixel_values, image_grid_thw=t.image_grid_thw, id=t.name)
+        for t in trees
+    ]
+    trainer = object.__new__(gba._Trainer)
+    trainer.policy, trainer.cfg, trainer.meter = policy, cfg, meter
+    trainer.gba = cfg.gba.model_copy(update={"max_rollout_mismatch": 99.0})
+    trainer.spec = PolicyLossSpec(beta=0.01)
+    advantages = torch.cos(torch.arange(len(rollouts)).float())
+    first = trainer.update(asked, rollouts, advantages, torch.arange(len(rollouts)) != 4)
+    found = [first, _sft_step(policy, trees, meter, cfg), {"adapter": policy.adapter_tensors()}]
+    policy.close()
+    return found
+
+
+def rollout_of(question, sample, branch):
+    return Rollout(
+        question=question,
+        guideline=None,
+        sample=sample,
+        prompt_ids=list(branch.prompt_ids),
+        token_ids=list(branch.response_ids),
+        logprobs=[-5.0] * len(branch.response_ids),
+        finish_reason="stop",
+        text="",
+    )
+
+
+def _sft_step(policy, trees, meter, cfg):
+    def tree_of(tree, *_):
+        return tree, [len(branch.response_ids) for branch in tree.branches]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dsa, "sft_tree", tree_of)
+        return dsa._update(policy, trees, 1, meter, SimpleNamespace(cfg=cfg))
+
+
 def _worker(rank, port, base, folder):
     warnings.simplefilter("ignore")  # FutureWarnings of torch.distributed, one per collective
     os.environ |= {
@@ -117,6 +177,7 @@ def _worker(rank, port, base, folder):
             name = f"{tower}-{stage}"
             result = train(base, stage, tower, folder / f"adapter-{name}")
             torch.save(result, folder / f"{name}-{rank}.pt")
+        torch.save(stage_steps(base, 2), folder / f"stages-{rank}.pt")
     except BaseException:
         (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)  # the other rank must not wait for this one's exit handlers
@@ -189,6 +250,22 @@ def test_two_ranks_learn_what_one_process_learns(two_processes, one_process, tow
         for key, value in found[0][part].items():
             assert torch.equal(value, found[1][part][key]), key
     assert found[0]["curve"] == found[1]["curve"]
+
+
+def test_the_stages_updates_are_those_of_one_process(two_processes, base):
+    wanted = stage_steps(base, 0)
+    for rank in range(WORLD):
+        found = torch.load(two_processes / f"stages-{rank}.pt", weights_only=True)
+        for ours, theirs in zip(found[:2], wanted[:2], strict=True):
+            # Other rows may save another share of tokens.
+            assert ours.pop("tokens_saved") > 1
+            assert ours == pytest.approx(
+                {k: v for k, v in theirs.items() if k in ours}, rel=1e-4, abs=1e-5, nan_ok=True
+            )
+            assert ours.keys() == theirs.keys() - {"tokens_saved"}
+            assert ours["grad_norm"] > 0
+        for key, value in wanted[2]["adapter"].items():
+            torch.testing.assert_close(found[2]["adapter"][key], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
