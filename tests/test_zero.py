@@ -22,8 +22,7 @@ from mmedx_fast.policy import Policy
 from mmedx_fast.rollout import Rollout
 from mmedx_fast.stages import dsa, gba
 
-STAGES = (1, 2, 3)
-CASES = [("frozen", 1), ("frozen", 2), ("frozen", 3), ("trained", 2), ("trained", 3)]
+CASES = [("frozen", 1), ("trained", 2), ("frozen", 3), ("trained", 3)]
 """The vision tower, and the ZeRO stage."""
 TARGETS = {"frozen": LoraConfig().target_modules, "trained": r".*\.(qkv|q_proj|down_proj)"}
 STEPS = 3
@@ -268,13 +267,13 @@ def test_the_stages_updates_are_those_of_one_process(two_processes, base):
             torch.testing.assert_close(found[2]["adapter"][key], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_adapter_of_two_ranks_loads_in_one_process(two_processes, base, stage):
-    folder = two_processes / f"adapter-frozen-{stage}"
+@pytest.mark.parametrize(("tower", "stage"), CASES)
+def test_an_adapter_of_two_ranks_loads_in_one_process(two_processes, base, tower, stage):
+    folder = two_processes / f"adapter-{tower}-{stage}"
     policy = Policy.load(
         base, model=ModelConfig(dtype="float32"), lora=LoraConfig(), adapter=folder
     )
-    saved = torch.load(two_processes / f"frozen-{stage}-0.pt", weights_only=True)["adapter"]
+    saved = torch.load(two_processes / f"{tower}-{stage}-0.pt", weights_only=True)["adapter"]
     loaded = policy.adapter_tensors()
     policy.close()
     assert loaded.keys() == saved.keys()
