@@ -52,7 +52,7 @@ lint: $(WITH_DEV)
 bench: $(WITH_DEV)
 	$(BIN)/python -m bench.run $(or $(ARGS),--op all)
 
-# The demo over three seeds and what it owes to its parts: about two hours on two cores.
+# The demo over three seeds and what it owes to its parts: more than an hour on two cores.
 ablations: $(WITH_DEV)
 	for name in main gba ties linear adherence; do $(BIN)/python bench/ablate.py $$name $(ARGS) || exit 1; done
 
