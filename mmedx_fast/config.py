@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from mmedx_fast._paths import find_config
 from mmedx_fast.data.records import GUIDELINE_NAMES, SPECIALTIES
 
 
@@ -309,6 +310,22 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def deepspeed_settings(cfg: Config) -> dict[str, Any]:
+    """The DeepSpeed dictionary of ``cfg.deepspeed``: given in place, or read from its JSON file."""
+    if isinstance(cfg.deepspeed, dict):
+        return cfg.deepspeed
+    path = find_config(cfg.deepspeed)
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"deepspeed = {cfg.deepspeed}: cannot be read as JSON ({error})"
+        ) from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"deepspeed = {cfg.deepspeed}: must hold an object")
+    return settings
 
 
 def _known_names(value: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:

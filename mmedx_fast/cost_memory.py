@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from mmedx_fast._paths import find_config
-from mmedx_fast.config import Config
+from mmedx_fast.config import Config, ConfigError, deepspeed_settings
 from mmedx_fast.flops import Counts, ModelShape
 from mmedx_fast.gpus import Gpu
 
@@ -105,13 +103,9 @@ def _knob(update: bool) -> str:
 
 
 def zero_stage(cfg: Config) -> int:
-    """The ZeRO stage of ``cfg.deepspeed``. Raises ValueError for a file that is no such JSON."""
-    settings = cfg.deepspeed
-    if isinstance(settings, str):
-        path = find_config(settings)
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            return int(settings.get("zero_optimization", {}).get("stage", 0))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"deepspeed = {path}: not DeepSpeed's JSON ({error})") from None
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
+    """The ZeRO stage of ``cfg.deepspeed``. Raises ConfigError for a file that is no such JSON."""
+    zero = deepspeed_settings(cfg).get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"deepspeed: zero_optimization needs a stage from 0 to 3, got {zero!r}")
+    return int(stage)

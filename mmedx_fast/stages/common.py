@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmedx_fast._paths import find_config
 from mmedx_fast.config import Config, ConfigError
 from mmedx_fast.prompts import Question
 from mmedx_fast.run_folder import Stage, write_folder
@@ -20,22 +19,6 @@ if TYPE_CHECKING:
     from mmedx_fast.planner import RowPlan
     from mmedx_fast.policy import Policy
     from mmedx_fast.tree import PackedRow, Tree
-
-
-def deepspeed_settings(cfg: Config) -> dict[str, Any]:
-    """The DeepSpeed dictionary of ``cfg.deepspeed``: given in place, or read from its JSON file."""
-    if isinstance(cfg.deepspeed, dict):
-        return cfg.deepspeed
-    path = find_config(cfg.deepspeed)
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"deepspeed = {cfg.deepspeed}: cannot be read as JSON ({error})"
-        ) from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"deepspeed = {cfg.deepspeed}: must hold an object")
-    return settings
 
 
 def save_progress(

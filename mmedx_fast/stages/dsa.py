@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmedx_fast.config import deepspeed_settings
 from mmedx_fast.progress import progress
 from mmedx_fast.prompts import Question
 from mmedx_fast.run_folder import Stage
@@ -18,7 +19,6 @@ from mmedx_fast.stages.common import (
     StopSignal,
     all_parts,
     check_tree,
-    deepspeed_settings,
     finish,
     load_progress,
     metrics_log,

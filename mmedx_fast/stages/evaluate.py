@@ -21,7 +21,8 @@ from mmedx_fast.scoring import extract_answer, format_ok, medevalkit_score, stri
 from mmedx_fast.stages.caci import caci_stage, merged_model
 from mmedx_fast.stages.context import Context
 from mmedx_fast.stages.dsa import expert_adapter, expert_stage
-from mmedx_fast.stages.gba import gba_stage, image_findings, rl_adapter
+from mmedx_fast.stages.gba import gba_stage, rl_adapter
+from mmedx_fast.stages.rollouts import image_findings
 from mmedx_fast.stats import macro_average, wilson_interval
 
 LOG = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedx_fast import ranks
+from mmedx_fast.config import deepspeed_settings
 from mmedx_fast.progress import progress
 from mmedx_fast.prompts import Question
 from mmedx_fast.rollout import Rollout, Sampling
@@ -26,7 +26,6 @@ from mmedx_fast.stages.common import (
     StopSignal,
     all_parts,
     check_tree,
-    deepspeed_settings,
     finish,
     load_progress,
     metrics_log,
@@ -38,6 +37,12 @@ from mmedx_fast.stages.common import (
 )
 from mmedx_fast.stages.context import Context, StageError, batches
 from mmedx_fast.stages.dsa import expert_adapter
+from mmedx_fast.stages.rollouts import (
+    gather_rollouts,
+    reward_columns,
+    rollout_metrics,
+    rollout_trees,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +51,7 @@ if TYPE_CHECKING:
     from mmedx_fast.cost import PhaseMeter
     from mmedx_fast.ops import PolicyLossSpec
     from mmedx_fast.planner import RowPlan
-    from mmedx_fast.tree import PackedRow, Tree
+    from mmedx_fast.tree import PackedRow
 
 LOG = logging.getLogger(__name__)
 SAMPLES_KEPT = 16
@@ -443,66 +448,3 @@ def _loss_spec(ctx: Context) -> PolicyLossSpec:
 
     loss = ctx.cfg.gba.loss.model_dump()
     return PolicyLossSpec(temperature=ctx.cfg.rollout.temperature, **loss)
-
-
-def reward_columns(
-    questions: Sequence[Question], rollouts: Sequence[Rollout]
-) -> dict[str, list[Any]]:
-    """Keyword arguments of every reward function, a list entry per rollout (TRL's convention)."""
-    records = [questions[r.question].record for r in rollouts]
-    return {
-        "prompts": [record.question for record in records],
-        "completions": [r.text for r in rollouts],
-        "completion_ids": [r.token_ids for r in rollouts],
-        "guideline": [r.guideline for r in rollouts],
-        "id": [record.id for record in records],
-        "specialty": [record.specialty for record in records],
-        "question": [record.question for record in records],
-        "options": [record.options for record in records],
-        "answer": [record.answer for record in records],
-        "answer_label": [record.answer_label for record in records],
-        "findings": [image_findings(record.meta) for record in records],
-    }
-
-
-def image_findings(meta: dict[str, Any]) -> tuple[str, ...]:
-    """What a row says its images show (column ``finding`` or ``findings``); used by rewards only."""
-    found = meta.get("findings", meta.get("finding", ()))
-    return (found,) if isinstance(found, str) else tuple(str(item) for item in found)
-
-
-def gather_rollouts(made: list[Rollout], own: Sequence[int]) -> list[Rollout]:
-    """All ranks' rollouts by question; ``own[k]`` is the number of this rank's k-th question."""
-    if ranks.world_size() == 1:
-        return made
-    rows = [vars(r) | {"question": own[r.question]} for r in made]
-    found = [Rollout(**row) for part in ranks.all_gather(rows) for row in part]
-    return sorted(found, key=lambda r: r.question)
-
-
-def rollout_trees(
-    questions: Sequence[Question], rollouts: Sequence[Rollout], chosen: Sequence[int]
-) -> tuple[list[Tree], list[int]]:
-    """A tree per question with its chosen rollouts, and the rollout index of every branch."""
-    from mmedx_fast.tree import Branch, Tree
-
-    by_question: dict[int, list[int]] = {}
-    for i in chosen:
-        by_question.setdefault(rollouts[i].question, []).append(i)
-    trees, flat = [], []
-    for number, members in by_question.items():
-        question = questions[number]
-        branches = tuple(Branch(rollouts[i].prompt_ids, rollouts[i].token_ids) for i in members)
-        trees.append(Tree(branches, question.pixel_values, question.image_grid_thw, question.id))
-        flat.extend(members)
-    return trees, flat
-
-
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    lengths = [len(r.token_ids) for r in rollouts]
-    return {
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(r.finish_reason == "length" for r in rollouts)
-        / len(rollouts),
-    }
