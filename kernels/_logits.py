@@ -145,15 +145,9 @@ class Grads:
     ) -> None:
         """``dz`` [n, V] in the weight's dtype; rows that are not ``live`` [n] have zeros there."""
         weight = weight.detach()
-        if not dz.is_cuda:
-            dz = (
-                dz.contiguous()
-            )  # oneDNN's 16-bit GEMM reads past the end of a strided row: NaN if that is NaN
+        dz = _dense(dz)
         if self.hidden is not None:
-            if self.hidden.dtype == dz.dtype:
-                torch.mm(dz, weight, out=self.hidden[rows])
-            else:
-                self.hidden[rows] = (dz @ weight).to(self.hidden.dtype)
+            multiply_gradient(dz, weight, self.hidden[rows])
         if self.weight is not None:
             x = hidden[rows].detach()
             x = x if live is None else torch.where(live[:, None], x, 0.0)  # 0 * NaN is NaN
@@ -175,6 +169,22 @@ class Grads:
         weight = self._empty.clone() if self.weight is None else self.weight.to(self._dtypes[0])
         bias = self._empty.clone() if self.bias is None else self.bias.to(self._dtypes[1])
         return hidden, weight, bias
+
+
+def _dense(dz: Tensor) -> Tensor:
+    """On a CPU without gaps between rows: oneDNN's 16-bit GEMM reads past their end, NaN if that is NaN."""
+    return dz if dz.is_cuda else dz.contiguous()
+
+
+def multiply_gradient(dz: Tensor, weight: Tensor, out: Tensor) -> None:
+    """dz [n, V] @ weight [V, H] into ``out`` [n, H], in the accumulators' dtype where the platform can."""
+    dz = _dense(dz)
+    if out.dtype == dz.dtype:
+        torch.mm(dz, weight, out=out)
+    elif dz.is_cuda and out.dtype == torch.float32:
+        torch.mm(dz, weight, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(dz @ weight)
 
 
 def log_total(others: Tensor, target: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Log-probs and entropies of chosen tokens straight from hidden states; the [tokens, vocabulary]
 matrix is never whole.
 
-One tile of logits exists at a time, made by a GEMM (cuBLAS on CUDA) and read by row kernels. Backward uses
-kept logits (two GEMM passes for a frozen head) or makes them again (three).
+One tile of logits exists at a time, made by a GEMM (cuBLAS on CUDA) and read by row kernels. What backward
+needs is saved in one of three ways (``SAVED``): with a frozen head and no entropy the gradient of every log-prob by its
+own hidden state, of which backward only takes multiples (two GEMM passes); the logits themselves, where they are
+few (two); or nothing, and they are made again (three).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ._routing import group_of, name_of, register_op, tiles_for
 # Raw logits are kept for backward up to this many bytes.
 KEEP_CUDA = 1 << 30
 KEEP_CPU = 1 << 23
+SAVED = ("nothing", "logits", "gradient")
 
 
 def linear_logprob(
@@ -56,7 +59,7 @@ def linear_logprob(
         chunk: rows per tile; None picks by a memory budget. Only speed and memory depend on it:
             results agree to the last digits of float32 (bitwise where the GEMM library does not
             change its order with the row count).
-        return_entropy: False returns None instead and saves a pass.
+        return_entropy: False returns None instead; with a gradient of ``hidden`` alone that saves a GEMM pass.
         banned: ids that cannot occur (logit -inf), as when the engine forbids image tokens. A
             banned target has log-probability -inf.
         group: vocabulary-parallel process group. ``hidden`` and ``targets`` are the same on every
@@ -65,7 +68,8 @@ def linear_logprob(
         vocab_start: global id of this shard's first row; None = rank * V.
         keep_bytes: where a gradient may follow, the raw logits (4 bytes each, 2 with a 16-bit
             ``logits_dtype``) are kept if they take at most this many bytes, and backward does without their
-            GEMM: two passes for a frozen head instead of three. None = 1 GiB on CUDA, 8 MiB elsewhere.
+            GEMM: two passes for a frozen head instead of three. None = 1 GiB on CUDA, 8 MiB elsewhere. Without
+            entropy and with a frozen, unsharded head it is two passes anyway, and [N, H] are kept.
 
     Returns:
         (logprob [N], entropy [N] in nats or None), float32 (float64 for float64 inputs).
@@ -84,9 +88,14 @@ def linear_logprob(
     operands = (hidden, weight, bias)
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     start = lg.shard_start(weight.shape[0], group, vocab_start)
-    keep = grad and _fits(hidden, weight, round_to, keep_bytes)
+    saved = "nothing"
+    if grad and _fits(hidden, weight, round_to, keep_bytes):
+        saved = "logits"
+    elif grad and hidden.requires_grad and not return_entropy and group is None:
+        frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+        saved = "gradient" if frozen else saved
     arguments = (
-        *operands, targets, banned, temperature, softcap, round_to, chunk, return_entropy, keep,
+        *operands, targets, banned, temperature, softcap, round_to, chunk, return_entropy, saved,
         name_of(group), start,
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()
@@ -147,25 +156,40 @@ def _forward(
     round_to: torch.dtype | None,
     chunk: int | None,
     want_entropy: bool,
-    keep: bool,
+    saved: str,
     group: str | None,
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob [N], entropy [N] or [0], statistics [5, N] of the whole vocabulary, kept logits)."""
+    """(logprob [N], entropy [N] or [0], statistics [5, N] of the whole vocabulary, what is ``saved``)."""
     if group is None:
         lg.check_targets(targets, weight.shape[0])
     head = _head(hidden, weight, bias, banned, temperature, softcap, round_to, group, start)
     n = hidden.shape[0]
-    kept = hidden.new_empty((n if keep else 0, lg.raw_width(head.vocab)), dtype=head.raw_dtype)
+    kept = _kept(hidden, head.vocab, head.raw_dtype, head.acc, saved)
     stats = hidden.new_zeros((5, n), dtype=head.acc)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        tiles = tiles_for("linear_logprob", hidden, head, targets, chunk, kept if keep else None)
+        logits = kept if saved == "logits" else None
+        tiles = tiles_for("linear_logprob", hidden, head, targets, chunk, logits)
+        one = torch.ones_like(stats[0])
         for rows in tiles.spans:
             tiles.stats(rows, stats, want_entropy)
+            if saved == "gradient":
+                dz = tiles.dlogits(rows, stats, one, None)
+                lg.multiply_gradient(dz, weight.detach(), kept[rows])
         if group is not None:
             stats = lg.merge_shards(stats, group_of(group))
         logprob, entropy = lg.outcome(stats, want_entropy)
     return logprob, hidden.new_empty(0) if entropy is None else entropy, stats, kept
+
+
+def _kept(
+    hidden: Tensor, vocab: int, raw: torch.dtype, acc: torch.dtype, saved: str
+) -> Tensor:  # fmt: skip
+    """Memory for what is saved: raw logits [N, raw_width(V)], a gradient [N, H], or [0, 0]."""
+    if saved == "logits":
+        return hidden.new_empty((len(hidden), lg.raw_width(vocab)), dtype=raw)
+    shape = hidden.shape if saved == "gradient" else (0, 0)
+    return hidden.new_empty(shape, dtype=acc)
 
 
 def _backward(
@@ -182,13 +206,18 @@ def _backward(
     softcap: float | None,
     round_to: torch.dtype | None,
     chunk: int | None,
+    saved: str,
     group: str | None,
     start: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for each that is not ``wanted``."""
+    if saved == "gradient":
+        scale = d_logprob[:, None]
+        d_hidden = torch.where(scale == 0, 0.0, kept * scale).to(hidden.dtype)  # 0 * NaN is NaN
+        return d_hidden, hidden.new_empty(0), hidden.new_empty(0)
     head = _head(hidden, weight, bias, banned, temperature, softcap, round_to, group, start)
-    given = kept if len(kept) == len(hidden) else None
+    given = kept if saved == "logits" else None
     d_logprob = d_logprob.contiguous()
     live = d_logprob != 0
     if d_entropy is not None:
@@ -216,13 +245,11 @@ def _head(
 
 
 def _forward_shapes(
-    hidden, weight, bias, targets, banned, temperature, softcap, round_to, chunk, want_entropy, keep,
+    hidden, weight, bias, targets, banned, temperature, softcap, round_to, chunk, want_entropy, saved,
     group, start,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     acc, n = lg.accumulate_dtype(hidden, weight), hidden.shape[0]
-    kept = hidden.new_empty(
-        (n if keep else 0, lg.raw_width(weight.shape[0])), dtype=round_to or acc
-    )
+    kept = _kept(hidden, weight.shape[0], round_to or acc, acc, saved)
     logprob = hidden.new_empty(n, dtype=acc)
     entropy = hidden.new_empty(n, dtype=acc) if want_entropy else hidden.new_empty(0)
     return logprob, entropy, hidden.new_empty((5, n), dtype=acc), kept
@@ -246,11 +273,11 @@ def _backward_through(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     def formula(ctx, d_logprob: Tensor, d_entropy: Tensor, _d_stats, _d_kept):
         hidden, weight, bias, targets, banned, stats, kept = ctx.saved_tensors
-        temperature, softcap, round_to, chunk, want_entropy, _, group, start = ctx.scalars
+        temperature, softcap, round_to, chunk, want_entropy, saved, group, start = ctx.scalars
         wanted = list(ctx.needs_input_grad[:3])
         found = backward(
             d_logprob, d_entropy if want_entropy else None, hidden, weight, bias, targets, banned,
-            stats, kept, temperature, softcap, round_to, chunk, group, start, wanted,
+            stats, kept, temperature, softcap, round_to, chunk, saved, group, start, wanted,
         )  # fmt: skip
         grads = [g if w else None for g, w in zip(found, wanted, strict=True)]
         return (*grads, *(None for _ in range(10)))
@@ -269,7 +296,7 @@ class _LinearLogprob(torch.autograd.Function):
 register_op(
     "linear_logprob",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? banned, float temperature, "
-    "float? softcap, ScalarType? round_to, SymInt? chunk, bool want_entropy, bool keep, str? group, "
+    "float? softcap, ScalarType? round_to, SymInt? chunk, bool want_entropy, str saved, str? group, "
     "SymInt start) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_shapes,
@@ -279,7 +306,7 @@ register_op(
             "linear_logprob_backward",
             "(Tensor d_logprob, Tensor? d_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
             "Tensor targets, Tensor? banned, Tensor stats, Tensor kept, float temperature, "
-            "float? softcap, ScalarType? round_to, SymInt? chunk, str? group, SymInt start, "
+            "float? softcap, ScalarType? round_to, SymInt? chunk, str saved, str? group, SymInt start, "
             "bool[] wanted) -> (Tensor, Tensor, Tensor)",
             _backward,
             _backward_shapes,

@@ -289,6 +289,59 @@ def test_gemm_passes_and_memory_of_a_frozen_head(keep_bytes: int, passes: int) -
 
 
 @both
+def test_without_entropy_a_frozen_head_takes_two_passes_and_keeps_no_logits() -> None:
+    hidden, weight, targets, _ = problem(n=24, v=2999, h=4)
+    weight = weight.detach()
+    with Work() as work:
+        logprob, _ = linear_logprob(
+            hidden, weight, targets, chunk=8, keep_bytes=0, return_entropy=False
+        )
+        logprob.sum().backward()
+    assert work.macs == 2 * hidden.numel() * weight.shape[0]
+    assert work.largest == 4 * 8 * _logits.raw_width(weight.shape[0])
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_made_in_the_forward_is_that_of_recomputing(dtype: torch.dtype) -> None:
+    """Any upstream gradient, a masked row that holds NaN, and a second backward."""
+    hidden, weight, targets, _ = problem(dtype=dtype)
+    dirty, head = hidden.detach().clone(), weight.detach()
+    dirty[::3] = torch.nan
+    upstream = torch.randn(len(targets)) * (torch.arange(len(targets)) % 3 != 0)
+
+    def gradient(h: Tensor, w: Tensor, entropy: bool) -> Tensor:
+        options = {"chunk": 8, "keep_bytes": 0, "temperature": 0.7, "softcap": 5.0}
+        logprob, _ = linear_logprob(h, w, targets, return_entropy=entropy, **options)
+        first = torch.autograd.grad(logprob, h, upstream.to(logprob.dtype), retain_graph=True)[0]
+        again = torch.autograd.grad(logprob, h, upstream.to(logprob.dtype))[0]
+        assert torch.equal(first, again)
+        return first.double()
+
+    got = gradient(dirty.requires_grad_(), head, entropy=False)
+    recomputed = gradient(dirty, head, entropy=True)
+    wide = hidden.detach().double().requires_grad_()
+    logprob, _ = reference(wide, head.double(), targets, temperature=0.7, softcap=5.0)
+    truth = torch.autograd.grad(logprob, wide, upstream.double())[0]
+    theirs = (recomputed - truth).norm() / truth.norm()
+    assert (got - truth).norm() / truth.norm() <= 1.5 * theirs + 1e-6
+
+
+@both
+def test_compiles_without_entropy_too() -> None:
+    hidden, weight, targets, _ = problem(n=6, v=40)
+    weight = weight.detach()
+
+    def loss_of(h: Tensor) -> Tensor:
+        options = {"temperature": 0.8, "chunk": 4, "keep_bytes": 0}
+        return linear_logprob(h, weight, targets, return_entropy=False, **options)[0].sum()
+
+    want = torch.autograd.grad(loss_of(hidden), hidden)[0]
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    assert torch.equal(torch.autograd.grad(compiled(hidden), hidden)[0], want)
+
+
+@both
 def test_compiles_without_a_graph_break() -> None:
     hidden, weight, targets, bias = problem(n=6, v=40, bias=True)
 
