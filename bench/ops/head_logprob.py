@@ -33,7 +33,7 @@ def _trained(function: head.LogProb, x: HeadInputs) -> Call:
 
 def _ours_trained(x: HeadInputs) -> Call:
     """Peers differentiate the log-prob alone, and so does this: entropy is for the log."""
-    return _trained(linear_logprob, x)
+    return _trained(partial(linear_logprob, return_entropy=False), x)
 
 
 def _reference(x: HeadInputs) -> Outputs:
