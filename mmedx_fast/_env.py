@@ -88,7 +88,8 @@ def threads_per_rank() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # torchrun's name for it, or the deepspeed launcher's
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     return max(1, min(cores, _container_cores()) // max(1, ranks))
 
 

@@ -32,19 +32,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = (
             f"{stop}. " if str(stop) else "Interrupted; finished stages and checkpoints are kept. "
         )
-        again = shlex.join(["mmedx", *arguments])
-        print(f"\n{said}Go on with: {again}", file=sys.stderr)
+        if _rank() == 0:
+            print(f"\n{said}Go on with: {_again(arguments)}", file=sys.stderr)
         return 130
     except _expected_errors() as error:
         if options.verbose:
             raise
-        print(f"mmedx: {error}", file=sys.stderr)
+        print(f"mmedx: {error}" if _rank() == 0 else f"rank {_rank()}: {error}", file=sys.stderr)
         return 2
+
+
+def _rank() -> int:
+    """The number that a launcher gave this process, 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _again(arguments: Sequence[str]) -> str:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "the same launcher command"
+    return shlex.join(["mmedx", *arguments])
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; ``key=value`` may stand on either side of an option, which argparse alone does not take."""
     parser = _parser()
+    # DeepSpeed's launcher puts this first; the rank is in the environment too.
+    arguments = [item for item in arguments if not item.startswith("--local_rank=")]
     if arguments[:1] == ["bench"]:  # all that follows belongs to bench/run.py
         options = parser.parse_args(arguments[:1])
         options.rest = list(arguments[1:])
@@ -125,57 +138,75 @@ def _prepared(options: argparse.Namespace) -> Config:
     return cfg
 
 
-def _in_context(options: argparse.Namespace, work: Callable[[Context], Any]) -> Any:
+def _in_context(
+    options: argparse.Namespace,
+    work: Callable[[Context], Any],
+    show: Callable[[Context, Any], None],
+) -> int:
+    """``work`` on every rank of a launch; rank 0 then shows what came of it."""
     cfg = _prepared(options)
-    from mmedx_fast.run_folder import RunFolder
-    from mmedx_fast.stages.context import Context
+    from mmedx_fast import ranks
+    from mmedx_fast.stages.context import open_context
 
-    with RunFolder.open(cfg) as run, Context(cfg, run) as ctx:
-        return work(ctx)
+    with open_context(cfg) as ctx:
+        found = work(ctx)
+        ranks.main_only(lambda: show(ctx, found))
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:
     cfg = _prepared(options)
     from mmedx_fast.pipeline import run_pipeline
 
-    run_pipeline(cfg)
+    run_pipeline(cfg, print if _rank() == 0 else lambda text: None)
     return 0
 
 
 def _dsa(options: argparse.Namespace) -> int:
-    def work(ctx: Context) -> None:
-        from mmedx_fast.stages.dsa import expert_stage, run_dsa
+    def work(ctx: Context) -> dict[str, dict[str, Any]]:
+        from mmedx_fast.stages.dsa import run_dsa
 
-        for name, result in run_dsa(ctx, _only(options, ctx.cfg.dsa.specialties)).items():
+        return run_dsa(ctx, _only(options, ctx.cfg.dsa.specialties))
+
+    def show(ctx: Context, experts: dict[str, dict[str, Any]]) -> None:
+        from mmedx_fast.stages.dsa import expert_stage
+
+        for name, result in experts.items():
             print(f"{name}: loss {result['loss']:.4f}, {expert_stage(ctx, name).dir / 'adapter'}")
 
-    _in_context(options, work)
-    return 0
+    return _in_context(options, work, show)
 
 
 def _gba(options: argparse.Namespace) -> int:
-    def work(ctx: Context) -> None:
+    def work(ctx: Context) -> dict[str, Any]:
         from mmedx_fast.stages.dsa import run_dsa
-        from mmedx_fast.stages.gba import gba_stage, run_gba
+        from mmedx_fast.stages.gba import run_gba
 
         if ctx.cfg.gba.start != "base":
             run_dsa(ctx)
-        result = run_gba(ctx)
+        return run_gba(ctx)
+
+    def show(ctx: Context, result: dict[str, Any]) -> None:
+        from mmedx_fast.stages.gba import gba_stage
+
         print(f"reward {result['reward']:.4f}, {gba_stage(ctx).dir / 'adapter'}")
 
-    _in_context(options, work)
-    return 0
+    return _in_context(options, work, show)
 
 
 def _conflicts(options: argparse.Namespace) -> int:
-    def work(ctx: Context) -> None:
+    def work(ctx: Context) -> dict[str, Any]:
+        from mmedx_fast.stages.caci import run_conflicts
+
+        return run_conflicts(ctx)
+
+    def show(ctx: Context, found: dict[str, Any]) -> None:
         from mmedx_fast.cost import render_table
         from mmedx_fast.report_data import load_run
         from mmedx_fast.report_plots import conflict_png
         from mmedx_fast.run_folder import write_bytes
-        from mmedx_fast.stages.caci import caci_stage, run_conflicts
+        from mmedx_fast.stages.caci import caci_stage
 
-        found = run_conflicts(ctx)
         keys = ("sign_conflict", "weighted_sign_conflict", "cancelled_energy", "kept_fraction")
         rows = [[name, *(f"{row[k]:.3f}" for k in keys)] for name, row in found["linears"].items()]
         rows.append(["all", *(f"{found['summed'][k]:.3f}" for k in keys)])
@@ -186,42 +217,45 @@ def _conflicts(options: argparse.Namespace) -> int:
         write_bytes(folder / "conflicts.png", conflict_png(data, "sign_conflict"))
         print(f"{folder / 'conflicts.json'}, {folder / 'conflicts.png'}")
 
-    _in_context(options, work)
-    return 0
+    return _in_context(options, work, show)
 
 
 def _merge(options: argparse.Namespace) -> int:
-    def work(ctx: Context) -> None:
-        from mmedx_fast.stages.caci import merged_model, run_caci
+    def work(ctx: Context) -> dict[str, Any]:
+        from mmedx_fast.stages.caci import run_caci
 
-        result = run_caci(ctx)
+        return run_caci(ctx)
+
+    def show(ctx: Context, result: dict[str, Any]) -> None:
+        from mmedx_fast.stages.caci import merged_model
+
         print(f"sign conflicts {result['conflict_rate']:.3f}, {merged_model(ctx)}")
 
-    _in_context(options, work)
-    return 0
+    return _in_context(options, work, show)
 
 
 def _eval(options: argparse.Namespace) -> int:
     def work(ctx: Context) -> None:
-        from mmedx_fast.pipeline import headline, write_summary
         from mmedx_fast.stages.evaluate import model_names, run_eval
 
         run_eval(ctx, _only(options, tuple(model_names(ctx))))
+
+    def show(ctx: Context, _: None) -> None:
+        from mmedx_fast.pipeline import headline, write_summary
+
         print(headline(write_summary(ctx)))
 
-    _in_context(options, work)
-    return 0
+    return _in_context(options, work, show)
 
 
 def _report(options: argparse.Namespace) -> int:
-    def work(ctx: Context) -> None:
+    def show(ctx: Context, _: None) -> None:
         from mmedx_fast.pipeline import make_report, write_summary
 
         write_summary(ctx)
         print(make_report(ctx.run.path))
 
-    _in_context(options, work)
-    return 0
+    return _in_context(options, lambda ctx: None, show)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -288,6 +322,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
         ("mmedx_fast.stages.context", ("StageError",)),
         ("mmedx_fast.rollout.base", ("RolloutError",)),
         ("mmedx_fast.policy", ("TreeMismatchError",)),
+        ("mmedx_fast.ranks", ("OtherRankError",)),
     ):
         if module in modules:
             found.extend(getattr(modules[module], name) for name in names)

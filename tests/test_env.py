@@ -20,7 +20,13 @@ MANAGED = (*_env._ALWAYS, *_env._CPU, *_env._OFFLINE, "OMP_NUM_THREADS", "PYTHON
 
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in (*MANAGED, "VLLM_CPU_KVCACHE_SPACE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+    for name in (
+        *MANAGED,
+        "VLLM_CPU_KVCACHE_SPACE",
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_SIZE",
+        "CUDA_VISIBLE_DEVICES",
+    ):
         monkeypatch.setenv(name, "x")  # so that what the code sets is undone after the test
         monkeypatch.delenv(name)
     return monkeypatch

@@ -8,14 +8,17 @@ written, asked the validation questions, and the best one is kept; the test set 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmedx_fast import ranks
 from mmedx_fast.config import CaciConfig
 from mmedx_fast.progress import progress
 from mmedx_fast.run_folder import Stage, write_folder, write_json
+from mmedx_fast.stages.common import finish, is_done
 from mmedx_fast.stages.context import Context, StageError
 from mmedx_fast.stages.dsa import expert_adapter
 from mmedx_fast.stages.gba import gba_stage, rl_adapter
@@ -72,31 +75,38 @@ def candidates(caci: CaciConfig, experts: int) -> list[MergeSpec]:
 
 def run_conflicts(ctx: Context) -> dict[str, Any]:
     """Measure the conflicts between experts and RL model under the first candidate's trimming, and write
-    ``caci/conflicts.json`` (per linear and summed)."""
+    ``caci/conflicts.json`` (per linear and summed). Rank 0 does it, and all ranks return it."""
+    path = caci_stage(ctx).dir / "conflicts.json"
+    ranks.main_only(lambda: write_json(path, _conflicts(ctx)))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _conflicts(ctx: Context) -> dict[str, Any]:
     from mmedx_fast.ops import model_conflicts
 
-    stage = caci_stage(ctx)
     sources = merge_sources(ctx)
     factors = _read(sources)
     spec = candidates(ctx.cfg.caci, len(sources))[0]
     with ctx.engine_asleep(), progress(len(factors), "Conflicts", unit="linear") as bar:
         factors = _moved(factors, merge_device(_factor_bytes(factors)))
         report = model_conflicts(factors, spec, on_linear=lambda *_: bar.update(1))
-    document = {
+    return {
         "experts": list(sources),
         "spec": describe(spec),
         "linears": {_short(name): _measures(one) for name, one in report["linears"].items()},
         "summed": _measures(report["total"]),
         "full": report,
     }
-    write_json(stage.dir / "conflicts.json", document)
-    return document
 
 
 def run_caci(ctx: Context) -> dict[str, Any]:
-    """Measure, merge, choose; returns the stage's result."""
+    """Measure, merge, choose; returns the stage's result.
+
+    Rank 0 merges; the candidates are asked on all ranks.
+    """
     stage = caci_stage(ctx)
-    if stage.done():
+    if is_done(stage):
         return stage.result()
     from mmedx_fast.cost import PhaseMeter
 
@@ -104,7 +114,7 @@ def run_caci(ctx: Context) -> dict[str, Any]:
     with meter.phase("conflicts"):
         conflicts = run_conflicts(ctx)
     sources = merge_sources(ctx)
-    factors = _read(sources)
+    factors = _read(sources) if ranks.is_main() else {}
     specs = candidates(ctx.cfg.caci, len(sources))
     tried: list[dict[str, Any]] = []
     best = 0
@@ -114,12 +124,12 @@ def run_caci(ctx: Context) -> dict[str, Any]:
             for number, spec in enumerate(progress(specs, "Merge candidates", unit="merge"))
         ]
         best = max(range(len(specs)), key=lambda i: (tried[i]["validation_accuracy"], -i))
-    with meter.phase("merge"), write_folder(stage.dir / "merged") as folder:
-        report = write_merged(ctx, factors, specs[best], folder)
-    shutil.rmtree(stage.dir / "candidates", ignore_errors=True)
-    write_json(stage.dir / "merge.json", report)
+    with meter.phase("merge"):
+        ranks.main_only(lambda: _write_best(ctx, stage, factors, specs[best]))
+    report = json.loads((stage.dir / "merge.json").read_text(encoding="utf-8"))
     phases = meter.to_dict()
-    stage.finish(
+    finish(
+        stage,
         {
             "chosen": describe(specs[best]),
             "candidates": tried,
@@ -127,9 +137,16 @@ def run_caci(ctx: Context) -> dict[str, Any]:
             "lost_update_fraction": report["total"]["lost_update_fraction"],
             "seconds": sum(phase["seconds"] for phase in phases.values()),
             "phases": phases,
-        }
+        },
     )
     return stage.result()
+
+
+def _write_best(ctx: Context, stage: Stage, factors: Factors, spec: MergeSpec) -> None:
+    with write_folder(stage.dir / "merged") as folder:
+        report = write_merged(ctx, factors, spec, folder)
+    shutil.rmtree(stage.dir / "candidates", ignore_errors=True)
+    write_json(stage.dir / "merge.json", report)
 
 
 def write_merged(ctx: Context, factors: Factors, spec: MergeSpec, folder: Path) -> dict[str, Any]:
@@ -208,25 +225,29 @@ def _try(
     ctx: Context, stage: Stage, number: int, spec: MergeSpec, factors: Factors, meter: Any
 ) -> dict[str, Any]:
     """Validation accuracy of one candidate; a finished one is not tried again."""
-    import json
-
     from mmedx_fast.stages.evaluate import ask
 
     path = stage.dir / "candidates" / f"{number:03d}.json"
-    if path.is_file():
+    if ranks.from_main(path.is_file()):
         found: dict[str, Any] = json.loads(path.read_text())
         return found
     model = stage.dir / "candidates" / f"{number:03d}"
-    with meter.phase("merge"), write_folder(model) as folder:
-        write_merged(ctx, factors, spec, folder)
+
+    def write() -> None:
+        with write_folder(model) as folder:
+            write_merged(ctx, factors, spec, folder)
+
+    with meter.phase("merge"):
+        ranks.main_only(write)
     questions = _selection(ctx)
     with meter.phase("select"):
         ctx.serve_weights(model)
-        rows = ask(ctx, questions)
-    shutil.rmtree(model)
+        rows = ask(ctx, questions)  # every rank has read the model when this returns
     accuracy = sum(row["correct"] for row in rows) / len(rows)
     result = {"spec": describe(spec), "validation_accuracy": accuracy, "questions": len(rows)}
-    write_json(path, result)
+    if ranks.is_main():
+        shutil.rmtree(model)
+        write_json(path, result)
     return result
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmedx_fast.config import Config, ConfigError
+from mmedx_fast.config import Config, ConfigError, GbaConfig
 from mmedx_fast.prompts import Question
 from mmedx_fast.run_folder import Stage, write_folder
 
@@ -80,12 +80,19 @@ def row_target(policy: Policy) -> int | None:
     return DENSE_TARGET_TOKENS if short else None
 
 
-def own_rows(policy: Policy, trees: Sequence[Tree], max_row_tokens: int) -> list[RowPlan]:
+def own_rows(policy: Policy, trees: Sequence[Tree], bounds: GbaConfig) -> list[RowPlan]:
     """This rank's rows of a step; every rank plans the same trees, and all get equally many rows."""
     from mmedx_fast import ranks
     from mmedx_fast.planner import plan_ranks
 
-    plans = plan_ranks(trees, ranks.world_size(), max_row_tokens, target_tokens=row_target(policy))
+    plans = plan_ranks(
+        trees,
+        ranks.world_size(),
+        bounds.max_row_tokens,
+        target_tokens=row_target(policy),
+        max_response_tokens=bounds.max_response_tokens,
+        max_images=bounds.max_images,
+    )
     return plans[ranks.rank()]
 
 
@@ -122,6 +129,14 @@ def metrics_log(stage: Stage, tb_dir: Path, done: int) -> AbstractContextManager
     return MetricsLogger(stage.dir, tb_dir, resume_step=done)
 
 
+def is_done(stage: Stage) -> bool:
+    """Whether the stage is done, as rank 0 sees it: the ranks must all skip it or all work on it."""
+    from mmedx_fast import ranks
+
+    done: bool = ranks.from_main(stage.done())
+    return done
+
+
 def finish(stage: Stage, result: dict[str, Any]) -> None:
     """Rank 0 marks the stage as done; the other ranks see it when this returns."""
     from mmedx_fast import ranks
@@ -147,10 +162,7 @@ def take_over(stage: Stage, source: Path) -> None:
     """Copy a finished stage's adapters and metrics from another run folder; rank 0 does it."""
     from mmedx_fast import ranks
 
-    ranks.join()
-    if ranks.is_main():
-        _copy_stage(stage, source)
-    ranks.barrier()
+    ranks.main_only(lambda: _copy_stage(stage, source))
 
 
 def _copy_stage(stage: Stage, source: Path) -> None:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mmedx_fast import ranks
 from mmedx_fast.config import Config, ConfigError
 from mmedx_fast.data.images import ImageError
 from mmedx_fast.data.loaders import Rejected, assert_disjoint, load_records
@@ -29,8 +30,27 @@ class StageError(RuntimeError):
     """A stage that cannot run; the message says what is missing and which command makes it."""
 
 
+@contextmanager
+def open_context(cfg: Config) -> Iterator[Context]:
+    """The run's folder and what its stages share.
+
+    Under a launcher every rank calls it: rank 0 locks the folder and writes in it, the others read.
+
+    Raises:
+        RunFolderError: the folder is in use or cannot be made (on the other ranks
+            :class:`mmedx_fast.ranks.OtherRankError`).
+    """
+    ranks.join()
+    run = ranks.main_first(lambda: RunFolder.open(cfg, exclusive=ranks.is_main()))
+    with run, Context(cfg, run) as ctx:
+        if ranks.world_size() > 1:
+            ranks.main_first(lambda: ctx.records("train"))  # the phantom's files, once
+        yield ctx
+    ranks.leave()
+
+
 class Context:
-    """Opened once per command; use as a context manager."""
+    """Opened once per command (:func:`open_context`); use as a context manager."""
 
     def __init__(self, cfg: Config, run: RunFolder) -> None:
         self.cfg = cfg
@@ -202,7 +222,7 @@ class Context:
         return self.run.path / "data" / f"rejected-{split}.jsonl"
 
     def _note_rejected(self, split: str, rejected: Sequence[Rejected]) -> None:
-        if not rejected:
+        if not rejected or not ranks.is_main():
             return
         path = self._rejected_file(split)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from mmedx_fast.stages.common import (
     all_parts,
     check_tree,
     finish,
+    is_done,
     load_progress,
     metrics_log,
     own_rows,
@@ -59,7 +60,7 @@ def run_dsa(ctx: Context, specialties: tuple[str, ...] | None = None) -> dict[st
     results = {}
     for specialty in specialties or ctx.cfg.dsa.specialties:
         stage = expert_stage(ctx, specialty)
-        if not stage.done():
+        if not is_done(stage):
             if ctx.cfg.dsa.reuse is not None:
                 take_over(stage, Path(ctx.cfg.dsa.reuse))
             else:
@@ -180,7 +181,7 @@ def _update(
         traces = ctx.cfg.dsa.traces_per_question
         made = [sft_tree(question, traces, step + n) for n, question in enumerate(questions)]
         tokens = sum(sum(lengths) for _, lengths in made)
-        plans = own_rows(policy, [tree for tree, _ in made], ctx.cfg.gba.max_row_tokens)
+        plans = own_rows(policy, [tree for tree, _ in made], ctx.cfg.gba)
         rows = [plan.pack(policy.rope_index) for plan in plans]
         plain, computed = row_tokens(rows)
     raw = []

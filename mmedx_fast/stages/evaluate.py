@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmedx_fast import ranks
 from mmedx_fast.data.records import GUIDELINE_NAMES
 from mmedx_fast.guidelines import adherence
 from mmedx_fast.prompts import Question
@@ -19,6 +20,7 @@ from mmedx_fast.rollout import BASE_VERSION, Rollout, Sampling
 from mmedx_fast.run_folder import Stage, write_json, write_text
 from mmedx_fast.scoring import extract_answer, format_ok, medevalkit_score, strict_score, think_text
 from mmedx_fast.stages.caci import caci_stage, merged_model
+from mmedx_fast.stages.common import finish, is_done
 from mmedx_fast.stages.context import Context
 from mmedx_fast.stages.dsa import expert_adapter, expert_stage
 from mmedx_fast.stages.gba import gba_stage, rl_adapter
@@ -54,7 +56,7 @@ def run_eval(ctx: Context, models: Sequence[str] | None = None) -> dict[str, dic
     results = {}
     for model in models or model_names(ctx):
         stage = eval_stage(ctx, model)
-        if not stage.done():
+        if not is_done(stage):
             _evaluate(ctx, stage, model)
         results[model] = stage.result()
     return results
@@ -70,14 +72,15 @@ def _evaluate(ctx: Context, stage: Stage, model: str) -> None:
     with meter.phase("eval"):
         rows = ask(ctx, questions, description=f"Evaluating {model}")
     meter.add("eval", tokens=sum(row["tokens"] for row in rows))
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(stage.dir / "predictions.jsonl", lines)
     result = summarise(rows) | {
         "seconds": sum(phase["seconds"] for phase in meter.to_dict().values()),
         "phases": meter.to_dict(),
     }
-    write_json(stage.dir / "metrics.json", result)
-    stage.finish(result)
+    if ranks.is_main():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(stage.dir / "predictions.jsonl", lines)
+        write_json(stage.dir / "metrics.json", result)
+    finish(stage, result)
 
 
 def serve(ctx: Context, model: str) -> None:
@@ -102,23 +105,36 @@ def serve(ctx: Context, model: str) -> None:
 def ask(
     ctx: Context, questions: Sequence[Question], description: str = "Asking"
 ) -> list[dict[str, Any]]:
-    """Greedy answers, scored: one JSON-ready row per question."""
+    """Greedy answers, scored: one JSON-ready row per question.
+
+    With several ranks each asks its share, and every rank gets all rows.
+    """
+    shares = ranks.all_gather(_ask_own(ctx, questions, description))
+    rows = [row for share in shares for row in share]
+    return [row for _, row in sorted(rows, key=lambda numbered: int(numbered[0]))]
+
+
+def _ask_own(
+    ctx: Context, questions: Sequence[Question], description: str
+) -> list[tuple[int, dict[str, Any]]]:
+    """This rank's rows, each with its question's number."""
     from mmedx_fast.progress import progress
 
+    own = range(ranks.rank(), len(questions), ranks.world_size())
+    if not own:
+        return []
     fixed = ctx.cfg.eval.guideline
-    guidelines = [fixed or GUIDELINE_NAMES[i % len(GUIDELINE_NAMES)] for i in range(len(questions))]
+    asked = [(questions[i], fixed or GUIDELINE_NAMES[i % len(GUIDELINE_NAMES)]) for i in own]
     sampling = Sampling(greedy=True, max_tokens=ctx.cfg.eval.max_completion_length)
-    with progress(len(questions), description, unit="question") as bar:
+    with progress(len(asked), description, unit="question") as bar:
 
         def show(done: int, total: int) -> None:
             bar.update(done - bar.done)
 
-        rollouts = ctx.engine.generate_requests(
-            list(zip(questions, guidelines, strict=True)), sampling, show
-        )
+        rollouts = ctx.engine.generate_requests(asked, sampling, show)
     return [
-        _row(question, guideline, rollout)
-        for question, guideline, rollout in zip(questions, guidelines, rollouts, strict=True)
+        (number, _row(question, guideline, rollout))
+        for number, (question, guideline), rollout in zip(own, asked, rollouts, strict=True)
     ]
 
 

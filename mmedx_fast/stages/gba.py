@@ -27,6 +27,7 @@ from mmedx_fast.stages.common import (
     all_parts,
     check_tree,
     finish,
+    is_done,
     load_progress,
     metrics_log,
     own_rows,
@@ -90,21 +91,23 @@ def start_adapter(ctx: Context, stage: Stage) -> Path | None:
     if start != "experts_mean":
         return expert_adapter(ctx, start)
     folder = stage.dir / "start"
-    ranks.join()
-    if ranks.is_main() and not folder.exists():
+
+    def make() -> None:
         from mmedx_fast.stages.adapters import write_mean_adapter
 
         sources = {name: expert_adapter(ctx, name) for name in ctx.cfg.dsa.specialties}
         with write_folder(folder) as partial:
             write_mean_adapter(partial, sources, ctx.cfg.lora, ctx.cfg.gba.start_scale)
-    ranks.barrier()
+
+    if not ranks.from_main(folder.exists()):
+        ranks.main_only(make)
     return folder
 
 
 def run_gba(ctx: Context) -> dict[str, Any]:
     """Train the RL adapter if it is not done yet; returns the stage's result."""
     stage = gba_stage(ctx)
-    if not stage.done():
+    if not is_done(stage):
         if ctx.cfg.gba.reuse is not None:
             take_over(stage, Path(ctx.cfg.gba.reuse))
         else:
@@ -296,7 +299,7 @@ class _Trainer:
             return {"skipped": 1.0, "tokens_saved": math.nan}
         with self.meter.phase("pack"):
             trees, flat = rollout_trees(questions, rollouts, chosen)
-            plans = own_rows(self.policy, trees, self.gba.max_row_tokens)
+            plans = own_rows(self.policy, trees, self.gba)
             rows = [self.policy.with_image_features(p.pack(self.policy.rope_index)) for p in plans]
         batch = [
             self._targets(plan, row, flat, rollouts, advantages)
