@@ -3,7 +3,8 @@ sees key k exactly when ``k <= q < end[k]``.
 
 - ``dense``: a boolean mask and sdpa; runs anywhere, costs T^2.
 - ``varlen``: the keys of each segment's path from the root are copied next to each other, then one
-  causal variable-length call (torch's) computes only the pairs that count.
+  causal variable-length call (torch's, on CUDA) computes only the pairs that count. On a CPU, where torch has
+  no such call, two calls a segment compute them and copy nothing.
 - ``flash``: the same with flash-attn's kernel.
 - ``flex``: FlexAttention over blocks of pairs; copies nothing.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmedx_fast.attention_flex import compile_switched_off, plan_flex
+from mmedx_fast.attention_spans import plan_spans
 from mmedx_fast.attention_varlen import gather_rows, plan_flash, plan_varlen
 
 __all__ = [
@@ -106,6 +108,8 @@ def plan_row(
     kernel: Kernel | None = None,
 ) -> TreePlan:
     """The plan of a row for a backend other than ``dense``, which needs only its mask."""
+    if backend == "varlen" and kernel is None and end.device.type == "cpu":
+        return plan_spans(segments)
     if backend == "varlen":
         return plan_varlen(segments, end.device, kernel)
     if backend == "flash":

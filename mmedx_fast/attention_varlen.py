@@ -67,10 +67,11 @@ def plan_varlen(
     order.
 
     Args:
-        kernel: null is torch's ``varlen_attn`` on CUDA and :func:`segment_attention` on CPU.
+        kernel: null is torch's ``varlen_attn``, which is for CUDA only.
     """
-    place = torch.device(device)
-    return TreeVarlen(**_geometry(segments, place), kernel=kernel or _varlen_kernel(place))
+    return TreeVarlen(
+        **_geometry(segments, torch.device(device)), kernel=kernel or _varlen_kernel()
+    )
 
 
 def plan_flash(
@@ -103,9 +104,7 @@ def _cumulative(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _varlen_kernel(device: torch.device) -> VarlenKernel:
-    if device.type == "cpu":
-        return segment_attention  # torch's varlen_attn is CUDA only
+def _varlen_kernel() -> VarlenKernel:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn
@@ -115,39 +114,6 @@ def _flash_kernel() -> FlashKernel:
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func
-
-
-def segment_attention(
-    query: Tensor,  # [Q, heads, D]
-    key: Tensor,  # [K, key heads, D]
-    value: Tensor,  # [K, key heads, D]
-    cu_q: Tensor,  # [S + 1]
-    cu_k: Tensor,  # [S + 1]
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, 0),
-    enable_gqa: bool = False,
-) -> Tensor:
-    """``varlen_attn`` with a causal window on a CPU: one sdpa call per segment; [Q, heads, D]."""
-    if window_size != (-1, 0):
-        raise ValueError(f"segment_attention is causal; window_size {window_size} is not (-1, 0)")
-    out = []
-    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
-    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
-        q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        n_q, n_k = q1 - q0, k1 - k0
-        square = n_q == n_k
-        # sdpa's own causal flag aligns at the top left, so it serves square blocks only.
-        mask = None
-        if not square:
-            mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=enable_gqa
-        )
-        out.append(attended[0].transpose(0, 1))
-    return torch.cat(out)
 
 
 class _GatherRows(torch.autograd.Function):

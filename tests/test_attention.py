@@ -181,6 +181,69 @@ def test_varlen_computes_only_the_path_of_each_segment():
         assert (plan.max_q, plan.max_k) == (10, 14)
 
 
+def saved_bytes(call):
+    """What `call` keeps for backward; each storage counts once."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_spans_compute_each_pair_once(seed):
+    row = forest(seed)
+    times = torch.zeros(row.n_tokens, row.n_tokens)
+    for q, k, causal in attention.plan_row("varlen", row.end, row.segments).calls():
+        pairs = times[q, k]
+        pairs += torch.ones_like(pairs).tril() if causal else 1
+    assert torch.equal(times, attention.dense_mask(row.end)[0, 0].float())
+
+
+def test_spans_keep_neither_copies_nor_masks():
+    row = forest(0)
+    q, k, v = (x.float().requires_grad_() for x in random_tensors(row))
+    plan = attention.plan_row("varlen", row.end, row.segments)
+    # the output as large as q, and a log-sum-exp per query and head
+    wanted = 4 * (2 * q.numel() + k.numel() + v.numel() + HEADS * row.n_tokens)
+    assert saved_bytes(lambda: attend((q, k, v), plan)) == wanted
+
+
+def test_spans_join_in_float32():
+    # A hundred siblings add to the gradient of one prompt.
+    branches = tuple(Branch([1] * 40, [1] * 5) for _ in range(100))
+    row = pack_row([Tree(branches)], RopeIndex(290, 2))
+    wide = [x.requires_grad_() for x in random_tensors(row)]
+    upstream = torch.randn(1, row.n_tokens, HEADS, DIM, dtype=torch.float64)
+    truth(*wide, row.end.tolist(), 0.4).backward(upstream)
+    errors = {}
+    for backend in ("dense", "varlen on CPU"):
+        half = [x.detach().bfloat16().requires_grad_() for x in wide]
+        run(backend, half, row, 0.4).backward(upstream.bfloat16())
+        errors[backend] = [
+            float((mine.grad.double() - theirs.grad).norm() / theirs.grad.norm())
+            for mine, theirs in zip(half, wide, strict=True)
+        ]
+    for dense, spans in zip(*errors.values(), strict=True):
+        assert spans < 1.2 * dense < 0.02
+
+
+def test_spans_take_an_expanded_gradient():
+    row, tensors = forest(1), random_tensors(forest(1))
+    grads = []
+    for backend in ("dense", "varlen on CPU"):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        run(backend, leaves, row, 0.4).sum().backward()
+        grads.append([x.grad for x in leaves])
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("wanted", [False, True])
 def test_flash_follows_torchs_switch_for_determinism(wanted):
     seen = []
@@ -337,9 +400,10 @@ def weights(n):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "varlen on CPU"])
 def test_a_packed_row_equals_plain_rows(backend, checkpointing, questions, plain):
-    model = tiny_vl().build()
+    model, kernel = tiny_vl().build(), INJECTED.get(backend)
+    backend = backend.removesuffix(" on CPU")
     attention.set_backend(model, backend)
     if checkpointing:
         model.train()  # dropout is 0
@@ -352,7 +416,7 @@ def test_a_packed_row_equals_plain_rows(backend, checkpointing, questions, plain
         image_grid_thw=row.image_grid_thw,
         use_cache=False,
         logits_to_keep=row.pred_index,
-        **attention.forward_arguments(backend, row.end, row.segments, INJECTED[backend]),
+        **attention.forward_arguments(backend, row.end, row.segments, kernel),
     ).logits
     logprob = selected(logits[0], row.targets)
     assert (logprob - plain[0]).abs().max() < 1e-5
