@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import head
 from bench.registry import Call, Case, Outputs, Shape, Sizes
-from mmedx_fast import attention
+from mmedx_fast import attention, swiglu
 from mmedx_fast.config import LoraConfig
 from mmedx_fast.flops import ModelShape, plain_counts, train_flops, tree_counts
 from mmedx_fast.ops import PolicyLossSpec, linear_policy_loss
@@ -240,7 +240,7 @@ def reference(x: StepInputs) -> Outputs:
     a float64 copy of 7B fits nowhere.
     """
     model = copy.deepcopy(x.model).double() if _is_float32(x) else x.model
-    attention.set_backend(model.base_model.model, "dense")
+    prepare(model.base_model.model, "dense", ours=False)
     losses = []
     for i in range(len(x.ids)):
         part = slice(i, i + 1)
@@ -268,12 +268,19 @@ def take_gradient(model: Any) -> Tensor:
     return whole
 
 
+def prepare(base: Any, backend: attention.Backend, *, ours: bool) -> None:
+    """Attention and MLP of the model that all providers share: ``ours`` as
+    :class:`mmedx_fast.policy.Policy` sets them on this device, else transformers' own."""
+    attention.set_backend(base, backend)
+    swiglu.set_recompute(base, ours and base.device.type == "cpu")
+
+
 def tree_call(x: StepInputs, backend: attention.Backend) -> Call:
     """One packed row, as :class:`mmedx_fast.policy.Policy` runs it."""
     rows = RowModel(x.model, backend, None)
 
     def call() -> Outputs:
-        attention.set_backend(x.base, backend)
+        prepare(x.base, backend, ours=True)
         loss = rows(x.row, lambda h, w: with_gradient(h, _policy_loss(x, slice(None), w))[0])
         loss.backward()
         return {"loss": loss.detach(), "d_adapter": take_gradient(x.model)}
@@ -281,11 +288,11 @@ def tree_call(x: StepInputs, backend: attention.Backend) -> Call:
     return call
 
 
-def plain_call(x: StepInputs, micro: int) -> Call:
-    """Rollouts as rows of a batch, ``micro`` at once, with our head and loss."""
+def plain_call(x: StepInputs, micro: int, ours: bool = False) -> Call:
+    """Rollouts as rows of a batch, ``micro`` at once, with our head and loss; ``ours``: and our MLP."""
 
     def call() -> Outputs:
-        attention.set_backend(x.base, "dense")
+        prepare(x.base, "dense", ours=ours)
         total = torch.zeros((), device=x.ids.device)
         for start in range(0, len(x.ids), micro):
             part = slice(start, start + micro)

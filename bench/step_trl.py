@@ -10,8 +10,7 @@ import torch
 
 from bench import head
 from bench.registry import Call, Outputs
-from bench.step import StepInputs, take_gradient
-from mmedx_fast import attention
+from bench.step import StepInputs, prepare, take_gradient
 from mmedx_fast.tiny import assets_folder
 
 
@@ -27,7 +26,7 @@ def trl_call(x: StepInputs, micro: int = 0, old_pass: bool = False) -> Call:
     batches = [batch(x, part) for part in parts]
 
     def call() -> Outputs:
-        attention.set_backend(x.base, "dense")
+        prepare(x.base, "dense", ours=False)
         if old_pass:
             for part, b in zip(parts, batches, strict=True):
                 _old_logprobs(trainer, x, part, b)

@@ -34,8 +34,8 @@ class ModelConfig(Section):
     the package."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["auto", "dense", "varlen", "flash", "flex"] = "auto"
-    """How the packed tree attends: ``auto`` is dense on CPU and varlen on CUDA; ``flash`` (flash-attn,
-    where it is installed) and ``flex`` (FlexAttention) need CUDA."""
+    """How the packed tree attends: ``auto`` is varlen; ``dense`` (a mask of every pair) is the
+    simplest; ``flash`` (flash-attn, where it is installed) and ``flex`` (FlexAttention) need CUDA."""
     gradient_checkpointing: bool = True
     trust_remote_code: bool = False
     offline: bool = True

@@ -22,6 +22,9 @@ from mmedx_fast.tree import (
 DENSE_TARGET_TOKENS = 1024
 """A dense mask costs T^2: on a CPU at width 192 one row of 4,176 tokens took 2.5 times as long as
 four rows of 1,044."""
+CPU_TARGET_TOKENS = 2048
+"""Where the segments' own pairs are computed and no mask: a token of a tree of 480, at width 192 on one core,
+takes 343 us in rows of 480, 319 of 960, 273 of 1,920, 283 of 3,840 and 315 of 7,680."""
 
 _RESPONSE_COST, _PATCH_COST = 0.084, 0.097
 """FLOPs of a response token at the head, and of a patch in the vision tower, as a share of those of a

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmedx_fast import attention
+from mmedx_fast import attention, swiglu
 from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig
 from mmedx_fast.ops import linear_logprob, linear_policy_loss
 from mmedx_fast.policy_adapter import (
@@ -125,6 +125,8 @@ class Policy:
         base = load_base(model_path, model, dtype).to(place)
         backend = attention.choose_backend(model.attention, place, attention_kernel)
         attention.set_backend(base, backend)
+        # An extra pass over the MLP's width is nothing to a CPU, where memory is touched page by page.
+        swiglu.set_recompute(base, place.type == "cpu")
         if model.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         config = new_adapter(lora) if adapter is None else read_config(adapter)

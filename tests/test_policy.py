@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmedx_fast import swiglu
 from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig
 from mmedx_fast.ops import PolicyLossSpec, linear_logprob, token_weights
 from mmedx_fast.policy import Policy, TreeMismatchError
@@ -179,6 +180,12 @@ def test_gradients_equal_plain_rows(base, adapter, policies, checkpointing, back
 
 def replace_config(config, **changes):
     return config.model_copy(update=changes)
+
+
+def test_on_a_cpu_the_mlps_compute_again_in_the_backward(base, policies):
+    policy = policies(base, train=True)
+    layers = policy.module.base.model.language_model.layers
+    assert all(layer.mlp.forward.__func__ is swiglu._forward for layer in layers)
 
 
 def test_policy_loss_gradient_equals_plain_autograd(base, adapter, policies):

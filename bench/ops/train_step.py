@@ -18,8 +18,8 @@ def _ours(x: StepInputs) -> Call:
     return step.tree_call(x, "varlen" if half or x.ids.device.type == "cpu" else "dense")
 
 
-def _plain(x: StepInputs, micro: int) -> Call:
-    return step.plain_call(x, micro or len(x.ids))
+def _plain(x: StepInputs, micro: int, ours: bool = False) -> Call:
+    return step.plain_call(x, micro or len(x.ids), ours)
 
 
 def _no_fours(sizes: Sizes) -> str | None:
@@ -49,6 +49,11 @@ OPS = (
                 "ours, dense mask", partial(step.tree_call, backend="dense"), note="one packed row"
             ),
             Provider("plain rows", partial(_plain, micro=0), note="all rollouts in a batch"),
+            Provider(
+                "plain rows, our MLP",
+                partial(_plain, micro=0, ours=True),
+                note="all rollouts in a batch; the tree alone is what sets ours apart",
+            ),
             Provider("plain rows by 4", partial(_plain, micro=4), lacking=_no_fours),
             Provider("plain rows by 1", partial(_plain, micro=1)),
             Provider("TRL GRPO", trl_call, needs=TRL, note="all rollouts in a batch"),

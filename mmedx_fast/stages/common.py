@@ -72,12 +72,13 @@ def seed_everything(seed: int) -> None:
 
 
 def row_target(policy: Policy) -> int | None:
-    """How long a row should get. A dense mask grows with its square, and on a CPU short rows stay in cache;
-    on a GPU a row is as long as ``gba.max_row_tokens`` lets it."""
-    from mmedx_fast.planner import DENSE_TARGET_TOKENS
+    """How long a row should get. A dense mask grows with its square, and on a CPU longer rows only take more
+    memory; on a GPU a row is as long as ``gba.max_row_tokens`` lets it."""
+    from mmedx_fast.planner import CPU_TARGET_TOKENS, DENSE_TARGET_TOKENS
 
-    short = policy.module.backend == "dense" or policy.device.type == "cpu"
-    return DENSE_TARGET_TOKENS if short else None
+    if policy.module.backend == "dense":
+        return DENSE_TARGET_TOKENS
+    return CPU_TARGET_TOKENS if policy.device.type == "cpu" else None
 
 
 def own_rows(policy: Policy, trees: Sequence[Tree], bounds: GbaConfig) -> list[RowPlan]:
