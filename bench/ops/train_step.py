@@ -13,7 +13,7 @@ from bench.step_trl import trl_call
 
 
 def _ours(x: StepInputs) -> Call:
-    """The gathered-key attention; a GPU's kernel for it takes no float32."""
+    """Attention over the pairs that count; a GPU's kernel for it takes no float32."""
     half = x.base.lm_head.weight.dtype != torch.float32
     return step.tree_call(x, "varlen" if half or x.ids.device.type == "cpu" else "dense")
 
@@ -43,7 +43,7 @@ OPS = (
         bytes=step.moved,
         shapes=step.SHAPES,
         providers=(
-            Provider("ours", _ours, OURS, note="one packed row, gathered keys"),
+            Provider("ours", _ours, OURS, note="one packed row, only the pairs that count"),
             Provider("torch.mm", step.gemm_call, FLOOR, note="the tree's GEMMs only"),
             Provider(
                 "ours, dense mask", partial(step.tree_call, backend="dense"), note="one packed row"
