@@ -32,7 +32,8 @@ tiny_vl = _helper("_tiny_vl")
 test_attention = _helper("test_attention")
 loop_kernel = test_attention.loop_kernel
 
-FP32 = ModelConfig(dtype="float32", gradient_checkpointing=False)
+# Dense, so that the model serves as its own reference: transformers' forward of an ordinary batch.
+FP32 = ModelConfig(dtype="float32", attention="dense", gradient_checkpointing=False)
 LORA = LoraConfig(r=4, lora_alpha=8)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.01)
 
