@@ -125,10 +125,14 @@ class Policy:
         base = load_base(model_path, model, dtype).to(place)
         backend = attention.choose_backend(model.attention, place, attention_kernel)
         attention.set_backend(base, backend)
-        if model.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
         config = new_adapter(lora) if adapter is None else read_config(adapter)
         peft_model = wrap(base, config, seed, with_reference=reference and adapter is not None)
+        if model.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers makes every embedding require gradients now, the frozen vision tower's too,
+            # which would then be computed again and go backward for nothing. PEFT did the same had it
+            # found checkpointing on, with hooks that nothing removes: hence after it.
+            base.disable_input_require_grads()
         policy = cls(
             RowModel(peft_model, backend, attention_kernel),
             config,
