@@ -164,9 +164,7 @@ def fit(cfg: Config, parts: Iterable[Part], sequence_bytes: int, gpu: Gpu) -> di
     problems = []
     if peak > gpu.usable:
         remedy = _remedy(cfg, held["always"], update, held["rollout"], gpu)
-        problems.append(
-            f"needs {peak / 1e9:.1f} GB of {gpu.usable / 1e9:.1f} GB usable; {remedy}"
-        )
+        problems.append(f"needs {peak / 1e9:.1f} GB of {gpu.usable / 1e9:.1f} GB usable; {remedy}")
     if cache < sequence_bytes:
         problems.append(
             f"the KV cache of {cache / 1e9:.2f} GB holds no full sequence "

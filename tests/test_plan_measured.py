@@ -1,5 +1,6 @@
 """The model behind ``mmedx plan`` against real update steps: counted FLOPs and measured bytes."""
 
+import gc
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,8 +12,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.saved import saved_for_backward
-from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig
+from mmedx_fast.attention import set_backend
+from mmedx_fast.config import (
+    Config,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    deepspeed_settings,
+)
+from mmedx_fast.cost import plan
 from mmedx_fast.cost_activations import Training, row_memory
+from mmedx_fast.cost_memory import logits_tile
 from mmedx_fast.flops import Counts, ModelShape, train_flops
 from mmedx_fast.ops import PolicyLossSpec, linear_policy_loss
 from mmedx_fast.policy import Policy
@@ -34,7 +44,6 @@ def _load(path: Path) -> Any:
 ROOT = Path(__file__).resolve().parents[1]
 tiny_vl = _load(ROOT / "tests" / "_tiny_vl.py")
 memory = _load(ROOT / "tests" / "_peak_memory.py")
-
 
 
 def _sizes(hidden: int, inner: int, layers: int, heads: int, vocab: int) -> dict[str, Any]:
@@ -225,8 +234,6 @@ def full_step(folder: Path, dtype: str, checkpointing: bool, tower: bool = False
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     module = _Whole(base, "varlen", varlen)
-    from mmedx_fast.attention import set_backend
-
     set_backend(base, "varlen")
 
     def run(row: PackedRow) -> None:
@@ -266,9 +273,19 @@ STEPS: dict[str, Callable[..., Step]] = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("kind", STEPS)
-@pytest.mark.parametrize("name", CONFIGS)
+CASES = [
+    ("tiny", "LoRA", False),
+    ("tiny", "LoRA, SFT", True),
+    ("shrunk 7B", "LoRA", True),
+    ("shrunk 7B", "LoRA, SFT", False),
+    ("shrunk 7B", "LoRA, SFT", True),
+    ("shrunk 7B", "full", True),
+    ("shrunk 7B", "full with tower", False),
+    ("shrunk 7B", "full with tower", True),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "checkpointing"), CASES)
 def test_flops_of_a_step_are_the_counted_ones(name, kind, checkpointing, folders) -> None:
     step = STEPS[kind](folders[name], "float32", checkpointing)
     # sdpa's own kernel, which the tower takes, is not counted on a CPU; its matrix products are.
@@ -294,8 +311,7 @@ def test_flops_of_a_step_are_the_counted_ones(name, kind, checkpointing, folders
     )
     # The kernel above computes the scores again in its backward: half its forward.
     planned += 0.5 * step.rectangles * model.pair_flops()
-    print(name, kind, checkpointing, planned / counter.get_total_flops())
-    assert planned == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert planned == pytest.approx(counter.get_total_flops(), rel=WITHIN / 4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
@@ -318,7 +334,75 @@ def test_activations_of_a_step_are_the_measured_ones(kind, dtype, checkpointing,
     planned = row_memory(
         model, how, tokens=row.n_tokens, keys=sum(step.keys), targets=len(row.targets)
     )
+    # At the loss the last norm's input (and factor) and the gradients made there are kept as well.
     last = (4 + how.size * how.full) * row.n_tokens * model.hidden
-    last += how.size * len(row.targets) * model.hidden
-    last += how.size * model.vocab * model.hidden * how.full
-    print(kind, dtype, checkpointing, (planned.kept + last) / kept.peak, (planned.kept + planned.layer) / live.peak, planned)
+    last += how.size * model.hidden * (len(row.targets) + model.vocab * how.full)
+    assert planned.kept + last == pytest.approx(kept.peak, rel=WITHIN)
+    # On a CPU the tile comes with its exponentials and a product, under bfloat16 with float32 weights.
+    tile = 3 * 4 * len(row.targets) * (model.vocab + 32)
+    tile += 4 * model.vocab * model.hidden if how.size == 2 else 0
+    peak = planned.kept + max(planned.layer, planned.head + tile)
+    assert peak == pytest.approx(live.peak, rel=WITHIN)
+    # Activations, not the tile, are what is compared.
+    assert tile < peak / 3
+
+
+def test_the_logits_tile_is_the_measured_one(triton_kernels) -> None:
+    """The Triton op in the interpreter: the memory that it takes on a GPU."""
+    n, width, vocab = 48, 16, 3000
+    hidden, weight = torch.randn(n, width, requires_grad=True), torch.randn(vocab, width)
+    targets, one = torch.randint(0, vocab, (n,)), torch.ones(n)
+    with memory.PeakMemory(hidden, weight, targets, one) as live:
+        loss, _ = linear_policy_loss(
+            *(hidden, weight, targets, one),
+            token_weight=one / n,
+            spec=PolicyLossSpec(loss_type="dapo"),
+            rollout_logprob=torch.zeros(n),
+        )
+        loss.backward()
+    # Twice, because a CPU's GEMM is given the gradient without gaps: a copy.
+    assert 2 * logits_tile(vocab, n) == pytest.approx(live.peak, rel=WITHIN)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_gradients_and_moments_are_the_measured_ones(stage, folders) -> None:
+    """What lives between backward and update, on one process: DeepSpeed's real tensors."""
+    bucket = 50_000
+    zero = {"stage": stage, "reduce_bucket_size": bucket, "overlap_comm": stage == 2}
+    cfg = Config.model_validate(
+        {
+            "model": {"path": str(folders["shrunk 7B"]), "dtype": "float32"},
+            "lora": {"r": 64},
+            "deepspeed": {"zero_optimization": zero},
+        }
+    )
+    before = _storages()
+    policy = Policy.load(
+        folders["shrunk 7B"],
+        model=cfg.model,
+        lora=cfg.lora,
+        optimizer=OptimizerConfig(),
+        deepspeed=deepspeed_settings(cfg),
+        attention_kernel=varlen,
+    )
+    row = policy.with_image_features(_row(policy.module.base.config))
+    inputs = {x.untyped_storage().data_ptr() for x in vars(row).values() if torch.is_tensor(x)}
+    policy.sft_backward(row, torch.full((len(row.targets),), 1.0))
+    now = {at: size for at, size in _storages().items() if at not in before and at not in inputs}
+    policy.close()
+    parts = {part["name"]: part for part in plan(cfg)["memory"]}
+    planned = {n: p["bytes"] for n, p in parts.items() if p["phase"] == "always"}
+    if stage in (1, 2):
+        planned["buckets"] = parts["ZeRO's gradient buckets"]["bytes"]
+    assert sum(planned.values()) == pytest.approx(sum(now.values()), rel=WITHIN)
+    adapter = sum(v for n, v in planned.items() if n != "frozen weights")
+    assert adapter > planned["frozen weights"]  # else an error in it would not show
+
+
+def _storages() -> dict[int, int]:
+    """Address -> bytes of every live tensor's memory."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
+    stores = [x.untyped_storage() for x in tensors if x.device.type == "cpu"]
+    return {store.data_ptr(): store.nbytes() for store in stores}
