@@ -6,7 +6,7 @@ A FLOP is one multiplication or one addition: a [m, k] x [k, n] product has 2mkn
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -227,6 +227,18 @@ def plain_counts(prompt: int, guideline: int, response: int, *, guidelines: int,
         targets=sequences * response,
         images=sequences,
     )
+
+
+def segment_counts(segments: Sequence[tuple[int, int, int]], targets: int) -> Counts:
+    """Of a packed row from the (start, length, parent) of its segments; its images not counted."""
+    above: list[int] = []  # keys before a segment's own
+    ends: list[int] = []
+    for _, length, parent in segments:
+        above.append(ends[parent] if parent >= 0 else 0)
+        ends.append(above[-1] + length)
+    lengths = [length for _, length, _ in segments]
+    pairs = sum(_triangle(n) + n * k for n, k in zip(lengths, above, strict=True))
+    return Counts(tokens=sum(lengths), pairs=pairs, targets=targets, images=0)
 
 
 def one_level_tokens(prompt: int, guideline: int, response: int, *, guidelines: int, n: int) -> int:

@@ -1,10 +1,12 @@
 """Cost accounting against published sizes, torch's own FLOP counter and brute force."""
 
+import dataclasses
 import json
 import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,10 +19,12 @@ from mmedx_fast.flops import (
     forward_flops,
     one_level_tokens,
     plain_counts,
+    segment_counts,
     train_flops,
     tree_counts,
 )
-from mmedx_fast.gpus import GPUS, find_gpu
+from mmedx_fast.gpus import GPUS, find_gpu, match_gpu
+from mmedx_fast.meter import StepRates
 
 SEVEN_B = ModelShape.from_config(KNOWN_MODELS["qwen2.5-vl-7b-instruct"])
 
@@ -513,3 +517,78 @@ def test_a_zero_stage_that_does_not_exist_is_named(zero) -> None:
     assert zero_stage(Config(deepspeed={})) == 0
     with pytest.raises(ConfigError, match="stage from 0 to 3"):
         zero_stage(Config(deepspeed={"zero_optimization": zero}))
+
+
+def _rates(**changes):
+    return StepRates(SEVEN_B, rank=16, gpu=GPUS["h100"], gpus=2, **changes)
+
+
+def _segments(p, g, r, k, n):
+    """(start, length, parent) of a question's tree, in the row's order."""
+    made, at = [(0, p, -1)], p
+    for _ in range(k):
+        stem = len(made)
+        for length, parent in [(g, 0)] + [(r, stem)] * n:
+            made.append((at, length, parent))
+            at += length
+    return made
+
+
+def test_rates_are_useful_work_over_seconds():
+    segments = _segments(700, 60, 256, 4, 4)
+    row = SimpleNamespace(segments=segments, targets=range(16 * 256), pixel_values=None)
+    tree = tree_counts(700, 60, 256, guidelines=4, n=4)
+    counts = segment_counts(segments, 16 * 256)
+    assert counts == dataclasses.replace(tree, images=0)
+    rates = _rates()
+    rates.add([row, row], passes=3)
+    taken = {"seconds/train": 4.0, "tokens/train": 2000, "seconds/rollout": 12.0}
+    found = rates.take(taken, samples=5)
+    work = 6 * train_flops(SEVEN_B, counts, lora_rank=16, checkpointing=False)
+    assert found == {
+        "perf/share/train": 0.25,
+        "perf/share/rollout": 0.75,
+        "perf/train_tokens_per_second": 500.0,
+        "perf/mfu": pytest.approx(work / (4 * 989e12)),
+        "perf/gpu_hours_per_1000_samples": pytest.approx(16 * 2 / 3600 / 5 * 1000),
+    }
+    assert rates.take(taken, samples=5)["perf/mfu"] == 0  # a step's work counts once
+    on_cpu = StepRates(SEVEN_B, rank=16, gpu=None, gpus=0)
+    on_cpu.add([row])
+    assert sorted(on_cpu.take(taken, 5)) == [
+        "perf/share/rollout",
+        "perf/share/train",
+        "perf/train_tokens_per_second",
+    ]
+    assert rates.take({}, 5) == {"perf/gpu_hours_per_1000_samples": 0.0}
+
+
+def test_images_count_where_they_are_in_the_row():
+    grid = SimpleNamespace(tolist=lambda: [[1, 32, 32], [1, 16, 16]])
+    bare = SimpleNamespace(segments=[(0, 9, -1)], targets=range(2), pixel_values=None)
+    image = SimpleNamespace(**vars(bare) | {"pixel_values": 1, "image_grid_thw": grid})
+    work = []
+    for rows, changes in (([bare], {}), ([image], {}), ([image], {"train_tower": True})):
+        rates = _rates(**changes)
+        rates.add(rows)
+        work.append(rates.take({"seconds/train": 1.0}, 1)["perf/mfu"] * 989e12)
+    forward = SEVEN_B.image_flops(256) + SEVEN_B.image_flops(64)
+    assert work[1] - work[0] == pytest.approx(forward)
+    assert work[2] - work[0] == pytest.approx(3 * forward, rel=0.01)  # pixels have no gradient
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_driver_s_name_finds_its_peaks(device, name):
+    found = match_gpu(device)
+    assert (found and found.name) == name

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,9 +268,9 @@ def _ready(step: Step, module: torch.nn.Module) -> Step:
 
 STEPS: dict[str, Callable[..., Step]] = {
     "LoRA": lora_step,
-    "LoRA, SFT": lambda *args: lora_step(*args, sft=True),
+    "LoRA, SFT": partial(lora_step, sft=True),
     "full": full_step,
-    "full with tower": lambda *args: full_step(*args, tower=True),
+    "full with tower": partial(full_step, tower=True),
 }
 
 
