@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmedx_fast import attention
 from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig
+from mmedx_fast.liger import apply_liger, choose_liger
 from mmedx_fast.ops import linear_logprob, linear_policy_loss
 from mmedx_fast.policy_adapter import (
     base_fingerprint,
@@ -125,6 +126,8 @@ class Policy:
         base = load_base(model_path, model, dtype).to(place)
         backend = attention.choose_backend(model.attention, place, attention_kernel)
         attention.set_backend(base, backend)
+        if choose_liger(model.use_liger_kernel, place):
+            apply_liger(base)
         config = new_adapter(lora) if adapter is None else read_config(adapter)
         peft_model = wrap(base, config, seed, with_reference=reference and adapter is not None)
         if model.gradient_checkpointing:
