@@ -94,29 +94,31 @@ def _held_by_training(cfg: Config, model: ModelShape, how: Training, gpus: int) 
     """Weights, gradients and optimizer states, by what each ZeRO stage shards over the GPUs: the
     optimizer (1), gradients (2), weights (3).
 
-    An adapter is float32 and its own master copy without ZeRO, which always makes one. Under full
-    training the weights have the model's dtype: 16 bytes a weight with bfloat16.
+    An adapter is float32 and its own master copy without ZeRO, which always makes one. Weights that are
+    trained in full have the model's dtype; their gradients add up in float32, and bfloat16 ones have
+    masters, for which stage 0 becomes stage 1.
     """
     zero = zero_settings(cfg)
+    each = how.size if how.full else WIDE
     stage = zero_stage(cfg)
+    stage = max(stage, 1) if each != WIDE else stage
     trained, frozen = trained_params(cfg, model), model.params
     if how.full:
         frozen -= trained
-    each = how.size if how.full else WIDE
     moments, grads, weights = (gpus if stage >= least else 1 for least in (1, 2, 3))
-    master = WIDE * trained if stage or each != WIDE else 0
     parts = [
         Part("frozen weights", frozen * how.size // weights, "always"),
         Part("trained weights", trained * each // weights, "always"),
-        Part("gradients", trained * each // grads, "always"),
-        Part("master weights, fp32", master // moments, "always"),
+        Part("gradients, fp32", WIDE * trained // grads, "always"),
+        Part("master weights, fp32", WIDE * trained // moments if stage else 0, "always"),
         Part("optimizer: Adam's two moments", 2 * WIDE * trained // moments, "always"),
     ]
     if stage and zero.get("contiguous_gradients", True):
         # Buffers of this many elements whatever is trained, two of them where one is filled while the
-        # other is reduced; ZeRO-3 has one and keeps it.
+        # other is reduced; ZeRO-3 has one and keeps it. Stage 1 reduces the float32 gradients.
         twice = stage < 3 and zero.get("overlap_comm", False)
-        bucket = int(zero.get("reduce_bucket_size", 5e8)) * each * (2 if twice else 1)
+        wide = WIDE if stage == 1 else each
+        bucket = int(zero.get("reduce_bucket_size", 5e8)) * wide * (2 if twice else 1)
         parts.append(Part("ZeRO's gradient buckets", bucket, "always" if stage == 3 else "update"))
     if stage == 3 and gpus > 1:
         live = min(model.params, int(zero.get("stage3_max_live_parameters", 1e9)))
