@@ -74,13 +74,13 @@ def save_shrunk(name: str, folder: Path, dtype: torch.dtype) -> Path:
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
-    for file in assets_folder().iterdir():
-        if file.name not in ("config.json", "model.safetensors"):
-            shutil.copy(file, folder)
+    for asset in assets_folder().iterdir():
+        if asset.name not in ("config.json", "model.safetensors"):
+            shutil.copy(asset, folder)
     if kind == "qwen2_vl":
         for file in ("processor_config.json", "tokenizer_config.json"):
-            text = (folder / file).read_text().replace("Qwen2_5_VLProcessor", "Qwen2VLProcessor")
-            (folder / file).write_text(text)
+            old = (folder / file).read_text()
+            (folder / file).write_text(old.replace("Qwen2_5_VLProcessor", "Qwen2VLProcessor"))
     return folder
 
 
