@@ -214,6 +214,9 @@ def lora_step(folder: Path, dtype: str, checkpointing: bool, sft: bool = False) 
                 rollout_logprob=torch.zeros(n),
             )
 
+    # A plan is for a GPU: transformers' own MLP, whatever stands in for it on a CPU.
+    for layer in policy.module.base.model.language_model.layers:
+        layer.mlp.__dict__.pop("forward", None)
     row = _row(policy.module.base.config)
     row = row if sft else policy.with_image_features(row)
     return _ready(Step(row, [], run), policy.module)
