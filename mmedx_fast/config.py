@@ -37,6 +37,9 @@ class ModelConfig(Section):
     """How the packed tree attends: ``auto`` is varlen; ``dense`` (a mask of every pair) is the
     simplest; ``flash`` (flash-attn, where it is installed) and ``flex`` (FlexAttention) need CUDA."""
     gradient_checkpointing: bool = True
+    use_liger_kernel: bool | Literal["auto"] = "auto"
+    """Liger's RMSNorm, SwiGLU and RoPE in the trainer's language model: ``auto`` takes them on CUDA where
+    liger-kernel is installed."""
     trust_remote_code: bool = False
     offline: bool = True
     """Never ask a hub; a model that is not on disk is then an error that names its path."""
@@ -172,6 +175,10 @@ class RewardConfig(Section):
 
 
 class GbaConfig(Section):
+    finetuning_type: Literal["lora", "full"] = "lora"
+    """``lora`` trains an adapter, ``full`` every weight of the language model."""
+    freeze_vision_tower: bool = True
+    """With ``full``: leave the vision tower as it is. A LoRA's reach is ``lora.target_modules``."""
     start: str = "experts_mean"
     """``experts_mean`` (truncated SVD of the mean expert delta), ``base``, or one specialty's expert."""
     start_scale: float = Field(1.0, gt=0)

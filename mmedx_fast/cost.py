@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedx_fast.config import Config
-from mmedx_fast.cost_memory import Part, fit, memory_parts
+from mmedx_fast.cost_memory import Part, Row, fit, memory_parts, trained_params
 from mmedx_fast.cost_text import plan_text
 from mmedx_fast.data.records import GUIDELINE_NAMES
 from mmedx_fast.flops import (
@@ -137,6 +137,7 @@ def plan(
             "path": cfg.model.path,
             "parameters": model.params,
             "lora_parameters": model.lora_params(cfg.lora.r),
+            "trained_parameters": trained_params(cfg, model),
             "gflops_per_token": model.token_flops() / 1e9,
         },
         "assumptions": dataclasses.asdict(assume) | facts.lengths(),
@@ -191,6 +192,7 @@ class _Facts:
             passes=inner,
             forwards=forwards,
             steps=gba.steps,
+            full=gba.finetuning_type == "full",
         )
 
     def rollout(self) -> dict[str, Any]:
@@ -210,9 +212,9 @@ class _Facts:
         return self._generate("CACI and evaluation", 1, questions, 1, 1, questions)
 
     def memory(self) -> list[Part]:
-        """Bytes on one GPU, largest uncertainty in the activations."""
-        tree = self._tree(len(self.cfg.gba.guidelines), self._n())
-        return memory_parts(self.cfg, self.model, tree, self._sequence(), self.gpu, self.gpus)
+        """Bytes on one GPU."""
+        row = Row.of(self.cfg, self.prompt, self.guideline, self.response, self.gpus)
+        return memory_parts(self.cfg, self.model, row, self._sequence(), self.gpu, self.gpus)
 
     def machine(self, parts: Sequence[Part]) -> dict[str, Any] | None:
         """The GPUs and whether one of them holds its part; None where none was named."""
@@ -255,22 +257,30 @@ class _Facts:
         passes: int,
         steps: int,
         forwards: int = 0,
+        full: bool = False,
     ) -> dict[str, Any]:
         lengths = (self.prompt, self.guideline, self.response)
         pair = [self._tree(guidelines, n), plain_counts(*lengths, guidelines=guidelines, n=n)]
         flops = [
             rows
-            * (passes * self._step_flops(c) + forwards * forward_flops(self.model, c, self.image))
+            * (
+                passes * self._step_flops(c, full)
+                + forwards * forward_flops(self.model, c, self.image)
+            )
             for c in pair
         ]
         tokens = [rows * c.tokens for c in pair]
         return self._row(name, rows, rows * guidelines * n, tokens, flops, steps)
 
-    def _step_flops(self, counts: Counts) -> float:
-        checkpointing = self.cfg.model.gradient_checkpointing
-        rank = self.cfg.lora.r
+    def _step_flops(self, counts: Counts, full: bool) -> float:
         return train_flops(
-            self.model, counts, self.image, lora_rank=rank, checkpointing=checkpointing
+            self.model,
+            counts,
+            self.image,
+            lora_rank=self.cfg.lora.r,
+            checkpointing=self.cfg.model.gradient_checkpointing,
+            full=full,
+            train_tower=full and not self.cfg.gba.freeze_vision_tower,
         )
 
     def _generate(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mmedx_fast.config import Config, ConfigError, deepspeed_settings
-from mmedx_fast.flops import Counts, ModelShape
+from mmedx_fast.cost_activations import WIDE, Training, row_memory
+from mmedx_fast.flops import ModelShape, tree_counts
 from mmedx_fast.gpus import Gpu
 
 LOGITS_TILE = 750_000_000
 """Most bytes of a logits tile on CUDA, as in ``kernels/_logits.py``."""
 
-Phase = Literal["always", "update", "rollout"]
+Phase = Literal["always", "update", "layer", "head", "rollout"]
+"""When a part is held; ``layer`` (a block's backward) and ``head`` (the loss) take turns in the update."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,38 +28,114 @@ class Part:
     phase: Phase
 
 
-def memory_parts(
-    cfg: Config, model: ModelShape, tree: Counts, sequence: int, gpu: Gpu | None, gpus: int
-) -> list[Part]:
-    """What one of ``gpus`` GPUs holds.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """The longest packed row of an update."""
 
-    ``tree`` is one question's row, ``sequence`` the tokens of a full-length rollout. With ``gpu``
-    the KV cache is what vLLM takes there; without, what all sequences need at full length.
+    tokens: int
+    targets: int
+    """Response tokens, the ones that reach the head."""
+    keys: int
+    """Keys that the attention gathers: of every segment, all those on its way from the root."""
+
+    @classmethod
+    def of(cls, cfg: Config, prompt: int, guideline: int, response: int, gpus: int) -> Row:
+        """As many questions as ``gba.max_row_tokens`` and a GPU's share of the step allow."""
+        k, n = len(cfg.gba.guidelines), cfg.rollout.num_generations
+        tree = tree_counts(prompt, guideline, response, guidelines=k, n=n)
+        questions = math.ceil(cfg.gba.questions_per_step / gpus)
+        tokens = min(cfg.gba.max_row_tokens, questions * tree.tokens)
+        stem = prompt + guideline
+        keys = prompt + k * stem + k * n * (stem + response)
+        share = tokens / tree.tokens
+        return cls(tokens=tokens, targets=int(tree.targets * share), keys=int(keys * share))
+
+
+def training(cfg: Config, gpu: Gpu | None) -> Training:
+    """How GBA trains; Liger's kernels are taken as installed where a GPU is named."""
+    liger = cfg.model.use_liger_kernel
+    return Training(
+        size=_size(cfg),
+        checkpointing=cfg.model.gradient_checkpointing,
+        full=cfg.gba.finetuning_type == "full",
+        rank=cfg.lora.r,
+        liger=gpu is not None if liger == "auto" else liger,
+    )
+
+
+def memory_parts(
+    cfg: Config, model: ModelShape, row: Row, sequence: int, gpu: Gpu | None, gpus: int
+) -> list[Part]:
+    """What one of ``gpus`` GPUs holds in GBA, its dearest stage.
+
+    ``sequence`` is the tokens of a full-length rollout. With ``gpu`` the KV cache is what vLLM takes
+    there; without, what all sequences need at full length.
     """
-    size = 2 if cfg.model.dtype == "bfloat16" else 4
-    stage = zero_stage(cfg)
-    weights, lora = model.params * size, model.lora_params(cfg.lora.r)
-    tokens = min(cfg.gba.max_row_tokens, cfg.gba.questions_per_step * tree.tokens)
-    targets = tokens * tree.targets // tree.tokens
-    shared = gpus if stage >= 2 else 1
-    activations = _activations(cfg, model, tokens, size)
-    engine = weights if cfg.rollout.engine == "vllm" else 0
-    cache = kv_cache(cfg, model, sequence, size, gpu, engine)
+    how, size = training(cfg, gpu), _size(cfg)
+    used = row_memory(model, how, tokens=row.tokens, keys=row.keys, targets=row.targets)
+    engine = model.params * size if cfg.rollout.engine == "vllm" else 0
     return [
-        Part("trainer weights (frozen)", weights // (gpus if stage == 3 else 1), "always"),
-        Part("LoRA: fp32 weights and gradient", 4 * lora + 4 * lora // shared, "always"),
-        Part("optimizer: Adam's two moments", 8 * lora // (gpus if stage else 1), "always"),
-        Part(f"activations of a row of {tokens:,} tokens", activations, "update"),
-        Part("logits tile, fp32", min(LOGITS_TILE, 4 * model.vocab * targets), "update"),
+        *_held_by_training(cfg, model, how, gpus),
+        Part(f"activations kept of a row of {row.tokens:,} tokens", used.kept, "update"),
+        Part("one block's backward", used.layer, "layer"),
+        Part("states and gradients at the head", used.head, "head"),
+        Part("logits tile, fp32", logits_tile(model.vocab, row.targets), "head"),
         Part("rollout engine weights", engine, "rollout"),
-        Part("KV cache", cache, "rollout"),
+        Part("KV cache", kv_cache(cfg, model, sequence, size, gpu, engine), "rollout"),
     ]
 
 
-def _activations(cfg: Config, model: ModelShape, tokens: int, size: int) -> int:
-    layer = tokens * (4 * model.hidden + 3 * model.intermediate) * size
-    kept = tokens * model.hidden * size * model.layers
-    return kept + layer if cfg.model.gradient_checkpointing else layer * model.layers
+def logits_tile(vocab: int, targets: int) -> int:
+    """Bytes of the largest tile of logits; its gradient is written over it."""
+    return min(LOGITS_TILE, WIDE * vocab * targets)
+
+
+def _held_by_training(cfg: Config, model: ModelShape, how: Training, gpus: int) -> list[Part]:
+    """Weights, gradients and optimizer states, by what each ZeRO stage shards over the GPUs: the
+    optimizer (1), gradients (2), weights (3).
+
+    An adapter is float32 and its own master copy without ZeRO, which always makes one. Weights that are
+    trained in full have the model's dtype; their gradients add up in float32, and bfloat16 ones have
+    masters, for which stage 0 becomes stage 1.
+    """
+    zero = zero_settings(cfg)
+    each = how.size if how.full else WIDE
+    stage = zero_stage(cfg)
+    stage = max(stage, 1) if each != WIDE else stage
+    trained, frozen = trained_params(cfg, model), model.params
+    if how.full:
+        frozen -= trained
+    moments, grads, weights = (gpus if stage >= least else 1 for least in (1, 2, 3))
+    parts = [
+        Part("frozen weights", frozen * how.size // weights, "always"),
+        Part("trained weights", trained * each // weights, "always"),
+        Part("gradients, fp32", WIDE * trained // grads, "always"),
+        Part("master weights, fp32", WIDE * trained // moments if stage else 0, "always"),
+        Part("optimizer: Adam's two moments", 2 * WIDE * trained // moments, "always"),
+    ]
+    if stage and zero.get("contiguous_gradients", True):
+        # Buffers of this many elements whatever is trained, two of them where one is filled while the
+        # other is reduced; ZeRO-3 has one and keeps it. Stage 1 reduces the float32 gradients.
+        twice = stage < 3 and zero.get("overlap_comm", False)
+        wide = WIDE if stage == 1 else each
+        bucket = int(zero.get("reduce_bucket_size", 5e8)) * wide * (2 if twice else 1)
+        parts.append(Part("ZeRO's gradient buckets", bucket, "always" if stage == 3 else "update"))
+    if stage == 3 and gpus > 1:
+        live = min(model.params, int(zero.get("stage3_max_live_parameters", 1e9)))
+        parts.append(Part("ZeRO-3's gathered weights, at most", live * how.size, "update"))
+    return parts
+
+
+def trained_params(cfg: Config, model: ModelShape) -> int:
+    """Weights that GBA trains."""
+    if cfg.gba.finetuning_type == "lora":
+        return model.lora_params(cfg.lora.r)
+    tower = 0 if model.vision is None else model.vision.linear_params
+    return model.params - (tower if cfg.gba.freeze_vision_tower else 0)
+
+
+def _size(cfg: Config) -> int:
+    return 2 if cfg.model.dtype == "bfloat16" else 4
 
 
 def kv_cache(
@@ -78,17 +157,16 @@ def fit(cfg: Config, parts: Iterable[Part], sequence_bytes: int, gpu: Gpu) -> di
     must hold one sequence of ``sequence_bytes``; how many it holds is given as ``sequences``.
     """
     parts = list(parts)
-    held = {p: sum(x.bytes for x in parts if x.phase == p) for p in ("always", "update", "rollout")}
+    held = {p: sum(x.bytes for x in parts if x.phase == p) for p in get_args(Phase)}
+    update = held["update"] + max(held["layer"], held["head"])
     sleeps = cfg.rollout.sleep and cfg.rollout.engine == "vllm"
-    turns = max(held["update"], held["rollout"])
-    peak = held["always"] + (turns if sleeps else held["update"] + held["rollout"])
+    turns = max(update, held["rollout"]) if sleeps else update + held["rollout"]
+    peak = held["always"] + turns
     cache = next(part.bytes for part in parts if part.name == "KV cache")
     problems = []
     if peak > gpu.usable:
-        problems.append(
-            f"needs {peak / 1e9:.1f} GB of {gpu.usable / 1e9:.1f} GB usable; lower "
-            f"{_knob(held['update'] >= held['rollout'])} or take a larger GPU"
-        )
+        remedy = _remedy(cfg, held["always"], update, held["rollout"], gpu)
+        problems.append(f"needs {peak / 1e9:.1f} GB of {gpu.usable / 1e9:.1f} GB usable; {remedy}")
     if cache < sequence_bytes:
         problems.append(
             f"the KV cache of {cache / 1e9:.2f} GB holds no full sequence "
@@ -98,14 +176,29 @@ def fit(cfg: Config, parts: Iterable[Part], sequence_bytes: int, gpu: Gpu) -> di
     return {"peak": peak, "fits": not problems, "problems": problems, "sequences": sequences}
 
 
-def _knob(update: bool) -> str:
-    return "gba.max_row_tokens" if update else "rollout.gpu_memory_utilization"
+def _remedy(cfg: Config, always: int, update: int, rollout: int, gpu: Gpu) -> str:
+    larger = "take a larger GPU"
+    if always > gpu.usable / 2:
+        fewer = "shard with deepspeed/zero3.json over more GPUs"
+        if cfg.gba.finetuning_type == "full":
+            return f"{fewer}, set gba.finetuning_type=lora, or {larger}"
+        return f"{fewer} or {larger}"
+    knob = "gba.max_row_tokens" if update >= rollout else "rollout.gpu_memory_utilization"
+    return f"lower {knob} or {larger}"
+
+
+def zero_settings(cfg: Config) -> dict[str, Any]:
+    """The ``zero_optimization`` object of ``cfg.deepspeed``. Raises ConfigError where it is none."""
+    zero = deepspeed_settings(cfg).get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"deepspeed: zero_optimization needs a stage from 0 to 3, got {zero!r}")
+    return zero
 
 
 def zero_stage(cfg: Config) -> int:
     """The ZeRO stage of ``cfg.deepspeed``. Raises ConfigError for a file that is no such JSON."""
-    zero = deepspeed_settings(cfg).get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    zero = zero_settings(cfg)
+    stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"deepspeed: zero_optimization needs a stage from 0 to 3, got {zero!r}")
     return int(stage)

@@ -41,10 +41,10 @@ def plan_text(estimate: Mapping[str, Any]) -> str:
     memory = [
         [part["name"], part["phase"], f"{part['bytes'] / 1e9:.2f}"] for part in estimate["memory"]
     ]
-    memory.append(["total", "", f"{sum(p['bytes'] for p in estimate['memory']) / 1e9:.2f}"])
     parts = [
         f"{model['path']}: {_count(model['parameters'])} parameters, "
         f"{_count(model['lora_parameters'])} in a LoRA, "
+        f"{_count(model['trained_parameters'])} trained in GBA, "
         f"{model['gflops_per_token']:.3g} GFLOP/token",
         render_table(headers, rows),
         render_table(["memory of one GPU", "held", "GB"], memory),

@@ -6,7 +6,7 @@ A FLOP is one multiplication or one addition: a [m, k] x [k, n] product has 2mkn
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -126,6 +126,15 @@ class ModelShape:
         """Forward FLOPs of the linear layers per token, the head aside."""
         return 2.0 * self.layer_params
 
+    def down_flops(self) -> float:
+        """The part of :meth:`token_flops` that the down projections have."""
+        return 2.0 * self.layers * self.hidden * self.intermediate
+
+    def first_inputs_flops(self) -> float:
+        """The part of :meth:`token_flops` that q, k and v of one block have."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return 2.0 * self.hidden * (query + 2 * key)
+
     def pair_flops(self) -> float:
         """Forward FLOPs of QK^T and PV per (query, key) pair, over all layers and heads."""
         return 4.0 * self.layers * self.heads * self.head_dim
@@ -140,6 +149,16 @@ class ModelShape:
             return 0.0
         patches = image_tokens * self.vision.merge**2
         return patches * self.vision.patch_flops() + self.vision.attention_flops(patches)
+
+    def image_backward_flops(self, image_tokens: int, checkpointing: bool) -> float:
+        """FLOPs that training the vision tower adds to :meth:`image_flops`: two products for each one,
+        but pixels need no gradient; with checkpointing the blocks once more."""
+        if self.vision is None or image_tokens == 0:
+            return 0.0
+        patches = image_tokens * self.vision.merge**2
+        pixels = 2.0 * patches * self.vision.patch_values * self.vision.hidden
+        again = patches * self.vision.block_flops() + self.vision.attention_flops(patches)
+        return 2 * self.image_flops(image_tokens) - pixels + (again if checkpointing else 0.0)
 
     def kv_bytes(self, dtype_bytes: int = 2) -> int:
         """Bytes of keys and values per token."""
@@ -210,6 +229,18 @@ def plain_counts(prompt: int, guideline: int, response: int, *, guidelines: int,
     )
 
 
+def segment_counts(segments: Sequence[tuple[int, int, int]], targets: int) -> Counts:
+    """Of a packed row from the (start, length, parent) of its segments; its images not counted."""
+    above: list[int] = []  # keys before a segment's own
+    ends: list[int] = []
+    for _, length, parent in segments:
+        above.append(ends[parent] if parent >= 0 else 0)
+        ends.append(above[-1] + length)
+    lengths = [length for _, length, _ in segments]
+    pairs = sum(_triangle(n) + n * k for n, k in zip(lengths, above, strict=True))
+    return Counts(tokens=sum(lengths), pairs=pairs, targets=targets, images=0)
+
+
 def one_level_tokens(prompt: int, guideline: int, response: int, *, guidelines: int, n: int) -> int:
     """Tokens when only the ``n`` rollouts of one whole prompt share it: K (P + G + n R)."""
     return guidelines * (prompt + guideline + n * response)
@@ -228,17 +259,31 @@ def train_flops(
     *,
     lora_rank: int = 16,
     checkpointing: bool = True,
+    full: bool = False,
+    train_tower: bool = False,
 ) -> float:
-    """FLOPs of forward and backward with a LoRA on a frozen model and a frozen vision tower.
+    """FLOPs of forward and backward; the attention's own recomputation in its backward is left out.
 
-    The frozen linear layers have no weight gradient, so their backward is one product, not two; the
-    head's is one (dH) too. The tower's features need no gradient: no backward, no recomputation.
+    With a LoRA the frozen linear layers have no weight gradient, so their backward is one product (of
+    the input's gradient), not two, and the first block's q, k and v have none: embeddings are frozen.
+    ``full`` trains every weight of the language model. The head, whose product is never computed again,
+    has one more for its weight then. A frozen tower's features need no gradient: no backward, no
+    recomputation.
     """
-    adapter = 2.0 * model.lora_params(lora_rank) * counts.tokens
-    backward = counts.tokens * model.token_flops() + 2 * counts.pairs * model.pair_flops()
-    backward += counts.targets * model.head_flops()
-    again = _layers(model, counts) + adapter if checkpointing else 0.0
-    return forward_flops(model, counts, image_tokens) + adapter + backward + 2 * adapter + again
+    linear, pairs = counts.tokens * model.token_flops(), counts.pairs * model.pair_flops()
+    head = counts.targets * model.head_flops()
+    total = forward_flops(model, counts, image_tokens) + 2 * pairs
+    if full:
+        total += 2 * linear + 2 * head
+        # A checkpoint stops where the last kept tensor is back: before the down projection's product.
+        again = linear - counts.tokens * model.down_flops() + pairs
+    else:
+        adapter = 2.0 * model.lora_params(lora_rank) * counts.tokens
+        total += linear - counts.tokens * model.first_inputs_flops() + head + 3 * adapter
+        again = linear + pairs + adapter
+    if train_tower:
+        total += counts.images * model.image_backward_flops(image_tokens, checkpointing)
+    return total + (again if checkpointing else 0.0)
 
 
 def _layers(model: ModelShape, counts: Counts) -> float:

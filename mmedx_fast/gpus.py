@@ -71,3 +71,14 @@ def find_gpu(name: str) -> Gpu:
     if gpu is None:
         raise ValueError(f"gpu {name!r} is unknown; choose from {', '.join(GPUS)}")
     return gpu
+
+
+def match_gpu(device: str) -> Gpu | None:
+    """The GPU that a driver's name means ("NVIDIA H100 80GB HBM3"), None where it is not in the table.
+
+    A name that says another form than the one in the table (PCIe, NVL) has other peaks: None.
+    """
+    words = device.lower().replace("rtx ", "rtx").replace("-", " ").split()
+    if {"pcie", "nvl", "laptop"} & set(words):
+        return None
+    return next((GPUS[word] for word in words if word in GPUS), None)

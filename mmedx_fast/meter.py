@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Protocol
+
+from mmedx_fast.flops import ModelShape, segment_counts, train_flops
+from mmedx_fast.gpus import Gpu
 
 
 class PhaseMeter:
@@ -76,6 +81,80 @@ class PhaseMeter:
         if self._stack:
             self.add(self._stack[-1], now - self._since)
         self._since = now
+
+
+class Row(Protocol):
+    """What a rate needs of a :class:`mmedx_fast.tree.PackedRow`."""
+
+    @property
+    def segments(self) -> Sequence[tuple[int, int, int]]: ...
+    @property
+    def targets(self) -> Sized: ...
+    @property
+    def pixel_values(self) -> Any: ...
+    @property
+    def image_grid_thw(self) -> Any: ...
+
+
+@dataclasses.dataclass
+class StepRates:
+    """The rates of a training step, from its rows and its seconds by phase."""
+
+    shape: ModelShape
+    rank: int
+    """Of the LoRA."""
+    gpu: Gpu | None
+    """Whose peak the MFU is a share of; null (a CPU, a GPU without an entry) leaves it out."""
+    gpus: int
+    """GPUs at work; 0 on a CPU, which has no GPU hours."""
+    full: bool = False
+    train_tower: bool = False
+    _flops: float = 0.0
+
+    def add(self, rows: Iterable[Row], passes: int = 1) -> None:
+        """Count ``passes`` forward and backward passes over this rank's ``rows``.
+
+        Useful work only: what a checkpoint computes again does not count, as in every MFU.
+        """
+        for row in rows:
+            counts = segment_counts(row.segments, len(row.targets))
+            each = train_flops(
+                *(self.shape, counts),
+                lora_rank=self.rank,
+                checkpointing=False,
+                full=self.full,
+            )
+            if row.pixel_values is not None:
+                each += sum(self._image(grid) for grid in row.image_grid_thw.tolist())
+            self._flops += passes * each
+
+    def _image(self, grid: Sequence[int]) -> float:
+        assert self.shape.vision is not None
+        tokens = math.prod(grid) // self.shape.vision.merge**2
+        backward = self.shape.image_backward_flops(tokens, False) if self.train_tower else 0.0
+        return self.shape.image_flops(tokens) + backward
+
+    def take(self, taken: Mapping[str, float], samples: int) -> dict[str, float]:
+        """Rates of a step that took ``taken`` (:meth:`PhaseMeter.take`) for ``samples`` questions.
+
+        ``perf/share/<phase>`` of the seconds, ``perf/<phase>_tokens_per_second`` of all ranks,
+        ``perf/mfu`` of this rank's GPU while it trains, ``perf/gpu_hours_per_1000_samples``, a sample
+        being a question with all its responses.
+        """
+        flops, self._flops = self._flops, 0.0
+        split = [key.split("/", 1) for key in taken]
+        seconds = {name: taken[f"seconds/{name}"] for kind, name in split if kind == "seconds"}
+        whole = sum(seconds.values())
+        out = {f"perf/share/{n}": value / whole for n, value in seconds.items() if whole}
+        for kind, name in split:
+            if kind == "tokens" and seconds[name] > 0:
+                out[f"perf/{name}_tokens_per_second"] = taken[f"tokens/{name}"] / seconds[name]
+        train = seconds.get("train", 0.0)
+        if self.gpu is not None and train > 0:
+            out["perf/mfu"] = flops / (train * self.gpu.peak_tflops * 1e12)
+        if self.gpus and samples:
+            out["perf/gpu_hours_per_1000_samples"] = 1000 * whole * self.gpus / 3600 / samples
+        return out
 
 
 def _per_second(row: Mapping[str, float]) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 from mmedx_fast.atomic import disk_guard, plain, write_bytes
 
-TIMES = ("seconds", "time")
-"""First parts of the keys that hold clock readings, which no two runs share."""
+TIMES = ("seconds", "time", "perf")
+"""First parts of the keys that hold clock readings or rates made of them, which no two runs share."""
 
 
 class MetricsLogger:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmedx_fast import attention, swiglu
 from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig
+from mmedx_fast.liger import apply_liger, choose_liger
 from mmedx_fast.ops import linear_logprob, linear_policy_loss
 from mmedx_fast.policy_adapter import (
     base_fingerprint,
@@ -127,10 +128,16 @@ class Policy:
         attention.set_backend(base, backend)
         # An extra pass over the MLP's width is nothing to a CPU, where memory is touched page by page.
         swiglu.set_recompute(base, place.type == "cpu")
-        if model.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+        if choose_liger(model.use_liger_kernel, place):  # after the line above, which would undo its MLP
+            apply_liger(base)
         config = new_adapter(lora) if adapter is None else read_config(adapter)
         peft_model = wrap(base, config, seed, with_reference=reference and adapter is not None)
+        if model.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers makes every embedding require gradients now, the frozen vision tower's too,
+            # which would then be computed again and go backward for nothing. PEFT did the same had it
+            # found checkpointing on, with hooks that nothing removes: hence after it.
+            base.disable_input_require_grads()
         policy = cls(
             RowModel(peft_model, backend, attention_kernel),
             config,

@@ -1,26 +1,30 @@
 """Cost accounting against published sizes, torch's own FLOP counter and brute force."""
 
+import dataclasses
 import json
 import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from mmedx_fast.config import Config
 from mmedx_fast.cost import KNOWN_MODELS, Assumptions, PhaseMeter, plan, plan_text, render_table
-from mmedx_fast.cost_memory import LOGITS_TILE, zero_stage
+from mmedx_fast.cost_memory import LOGITS_TILE, Row, zero_stage
 from mmedx_fast.flops import (
     Counts,
     ModelShape,
     forward_flops,
     one_level_tokens,
     plain_counts,
+    segment_counts,
     train_flops,
     tree_counts,
 )
-from mmedx_fast.gpus import GPUS, find_gpu
+from mmedx_fast.gpus import GPUS, find_gpu, match_gpu
+from mmedx_fast.meter import StepRates
 
 SEVEN_B = ModelShape.from_config(KNOWN_MODELS["qwen2.5-vl-7b-instruct"])
 
@@ -192,7 +196,8 @@ def test_training_with_a_frozen_base_costs_two_forwards_and_a_recomputation(smal
         small_model.lm_head(out[:, 4:]).sum().backward()
     counts = Counts(tokens=12, pairs=144, targets=8, images=0)
     bare = train_flops(shape, counts, lora_rank=1, checkpointing=False)
-    bare -= 6.0 * shape.lora_params(1) * 12
+    # No adapter here, and hidden states that need a gradient where embeddings would not.
+    bare += 12 * shape.first_inputs_flops() - 6.0 * shape.lora_params(1) * 12
     assert counter.get_total_flops() == pytest.approx(bare, rel=0.002)
     both = [train_flops(shape, counts, lora_rank=4, checkpointing=c) for c in (False, True)]
     again = 12 * shape.token_flops() + 144 * shape.pair_flops() + 2 * shape.lora_params(4) * 12
@@ -275,18 +280,36 @@ def test_memory_parts_are_those_of_the_model():
         lora={"r": 64}, gba={"max_row_tokens": 8192}, rollout={"gpu_memory_utilization": 0.4}
     )
     parts = _parts(plan(cfg, gpu=H200))
-    assert (
-        parts["trainer weights (frozen)"] == parts["rollout engine weights"] == 2 * SEVEN_B.params
-    )
+    assert parts["frozen weights"] == parts["rollout engine weights"] == 2 * SEVEN_B.params
     lora = SEVEN_B.lora_params(64)
-    assert parts["LoRA: fp32 weights and gradient"] == parts["optimizer: Adam's two moments"]
+    assert parts["trained weights"] == parts["gradients, fp32"] == 4 * lora
+    assert parts["master weights, fp32"] == 0  # an adapter is its own
     assert parts["optimizer: Adam's two moments"] == 8 * lora
     assert parts["KV cache"] == int(0.4 * 141e9) - 2 * SEVEN_B.params
-    # inputs of 28 checkpointed layers, and one layer's insides
-    inside = 8192 * (4 * 3584 + 3 * 18944) * 2
-    assert parts["activations"] == 8192 * 3584 * 2 * 28 + inside
+    # inputs of 28 checkpointed layers, cos and sin
+    assert parts["activations kept"] == 8192 * (3584 * 2 * 28 + 2 * 128 * 2)
     bare = _parts(plan(cfg, Assumptions(image_tokens=1024)))
     assert bare["KV cache"] == 64 * (1024 + 200 + 60 + 512) * 57_344
+    # Liger's norms and MLP keep less, and are expected where a GPU is named.
+    liger = {"path": "qwen2.5-vl-7b-instruct", "use_liger_kernel": True}
+    blocks = [
+        _parts(plan(c))["one block's backward"]
+        for c in (cfg, cfg.model_copy(update={"model": type(cfg.model)(**liger)}))
+    ]
+    assert blocks[1] == parts["one block's backward"] < blocks[0]
+
+
+def test_the_row_of_a_step_is_bounded_by_tokens_questions_and_gpus():
+    lengths = (1000, 60, 256)
+    small = _cfg(gba={"max_row_tokens": 8192, "questions_per_step": 4})
+    assert Row.of(small, *lengths, gpus=1).tokens == 8192
+    wide = _cfg(gba={"max_row_tokens": 60_000, "questions_per_step": 4})
+    one = tree_counts(*lengths, guidelines=4, n=4)
+    row = Row.of(wide, *lengths, gpus=4)
+    # each segment's path from the root: the prompt, four guidelines, sixteen responses
+    keys = 1000 + 4 * 1060 + 16 * 1316
+    assert (row.tokens, row.targets, row.keys) == (one.tokens, one.targets, keys)
+    assert Row.of(wide, *lengths, gpus=3).tokens == 2 * one.tokens
 
 
 def test_the_logits_tile_is_the_kernels():
@@ -300,17 +323,38 @@ def test_the_logits_tile_is_the_kernels():
     assert _parts(plan(one, Assumptions(response_tokens=7)))["logits tile, fp32"] == 4 * 152064 * 7
 
 
-@pytest.mark.parametrize(
-    ("stage", "weights", "adapter", "optimizer"),
-    [(0, 1, 8, 8), (1, 1, 8, 2), (2, 1, 5, 2), (3, 0.25, 5, 2)],
-)
-def test_zero_stages_shard_what_they_say(stage, weights, adapter, optimizer):
-    cfg = _cfg(deepspeed={"zero_optimization": {"stage": stage}}, lora={"r": 16})
+# Bytes of a trained weight on one of four GPUs: the weight, its gradient, the master copy, two moments.
+HELD = [
+    ("lora", 0, (4, 4, 0, 8)),
+    ("lora", 1, (4, 4, 1, 2)),
+    ("lora", 2, (4, 1, 1, 2)),
+    ("lora", 3, (1, 1, 1, 2)),
+    ("full", 0, (2, 4, 1, 2)),  # bfloat16 needs masters, which stage 1 has
+    ("full", 1, (2, 4, 1, 2)),
+    ("full", 2, (2, 1, 1, 2)),
+    ("full", 3, (0.5, 1, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("kind", "stage", "held"), HELD)
+def test_zero_stages_shard_what_they_say(kind, stage, held):
+    zero = {"stage": stage, "reduce_bucket_size": 1000, "overlap_comm": True}
+    cfg = _cfg(deepspeed={"zero_optimization": zero}, gba={"finetuning_type": kind})
     parts = _parts(plan(cfg, gpu=H200, gpus=4))
     assert zero_stage(cfg) == stage
-    assert parts["trainer weights (frozen)"] == int(weights * 2 * SEVEN_B.params)
-    assert parts["LoRA: fp32 weights and gradient"] == adapter * 40_370_176
-    assert parts["optimizer: Adam's two moments"] == optimizer * 40_370_176
+    tower = SEVEN_B.vision.linear_params
+    trained = SEVEN_B.lora_params(16) if kind == "lora" else SEVEN_B.params - tower
+    frozen = SEVEN_B.params if kind == "lora" else tower
+    names = ("trained weights", "gradients, fp32", "master weights, fp32")
+    found = [parts[name] for name in (*names, "optimizer: Adam's two moments")]
+    assert found == [int(n * trained) for n in held]
+    assert parts["frozen weights"] == frozen * 2 // (4 if stage == 3 else 1)
+    # Two buffers of a thousand elements, ZeRO-3's one.
+    buckets = {"lora": (None, 8, 8, 4), "full": (8, 8, 4, 2)}[kind][stage]
+    assert parts.get("ZeRO's gradient buckets") == (buckets and 1000 * buckets)
+    assert parts.get("ZeRO-3's gathered weights, at most") == (2 * 10**9 if stage == 3 else None)
+    towers = _cfg(gba={"finetuning_type": kind, "freeze_vision_tower": False})
+    assert plan(towers)["model"]["trained_parameters"] == trained + (tower if kind == "full" else 0)
 
 
 def test_an_unreadable_deepspeed_file_is_named(tmp_path):
@@ -326,16 +370,34 @@ def test_a_run_fits_or_says_what_does_not():
     parts = plan(_cfg(), gpu=H200)["memory"]
     held = {
         p: sum(x["bytes"] for x in parts if x["phase"] == p)
-        for p in ("always", "update", "rollout")
+        for p in ("always", "update", "layer", "head", "rollout")
     }
-    assert fits["peak"] == held["always"] + max(held["update"], held["rollout"])
+    update = held["update"] + max(held["layer"], held["head"])
+    assert fits["peak"] == held["always"] + max(update, held["rollout"])
     awake = plan(_cfg(rollout={"sleep": False}), gpu=H200)["machine"]
-    assert awake["peak"] == sum(held.values())
+    assert awake["peak"] == held["always"] + update + held["rollout"]
     small = plan(_cfg(), gpu=GPUS["rtx4090"])
     assert not small["machine"]["fits"] and len(small["machine"]["problems"]) == 2
     assert "does NOT fit" in plan_text(small) and "gpu_memory_utilization" in plan_text(small)
     wide = _cfg(gba={"max_row_tokens": 500_000, "questions_per_step": 256})
     assert "max_row_tokens" in plan(wide, gpu=H200)["machine"]["problems"][0]
+    full = _cfg(gba={"finetuning_type": "full"})
+    assert "zero3" in plan(full, gpu=H200)["machine"]["problems"][0]
+    sharded = full.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 3}}})
+    assert plan(sharded, gpu=GPUS["h100"], gpus=8)["machine"]["fits"]
+
+
+def test_full_training_costs_one_more_product_per_weight():
+    lora, full = (
+        plan(_cfg(gba={"finetuning_type": kind, "steps": 1, "questions_per_step": 1}))
+        for kind in ("lora", "full")
+    )
+    extra = full["stages"][2]["flops"] - lora["stages"][2]["flops"]
+    counts = tree_counts(712, 60, 256, guidelines=4, n=4)
+    adapter = 4 * 2 * SEVEN_B.lora_params(16) * counts.tokens
+    more = counts.tokens * SEVEN_B.token_flops() + counts.targets * SEVEN_B.head_flops()
+    less = counts.tokens * (SEVEN_B.down_flops() - SEVEN_B.first_inputs_flops())
+    assert extra == pytest.approx(more - less - adapter, rel=1e-9)
 
 
 def test_money_and_time_follow_hours_and_gpus():
@@ -455,3 +517,78 @@ def test_a_zero_stage_that_does_not_exist_is_named(zero) -> None:
     assert zero_stage(Config(deepspeed={})) == 0
     with pytest.raises(ConfigError, match="stage from 0 to 3"):
         zero_stage(Config(deepspeed={"zero_optimization": zero}))
+
+
+def _rates(**changes):
+    return StepRates(SEVEN_B, rank=16, gpu=GPUS["h100"], gpus=2, **changes)
+
+
+def _segments(p, g, r, k, n):
+    """(start, length, parent) of a question's tree, in the row's order."""
+    made, at = [(0, p, -1)], p
+    for _ in range(k):
+        stem = len(made)
+        for length, parent in [(g, 0)] + [(r, stem)] * n:
+            made.append((at, length, parent))
+            at += length
+    return made
+
+
+def test_rates_are_useful_work_over_seconds():
+    segments = _segments(700, 60, 256, 4, 4)
+    row = SimpleNamespace(segments=segments, targets=range(16 * 256), pixel_values=None)
+    tree = tree_counts(700, 60, 256, guidelines=4, n=4)
+    counts = segment_counts(segments, 16 * 256)
+    assert counts == dataclasses.replace(tree, images=0)
+    rates = _rates()
+    rates.add([row, row], passes=3)
+    taken = {"seconds/train": 4.0, "tokens/train": 2000, "seconds/rollout": 12.0}
+    found = rates.take(taken, samples=5)
+    work = 6 * train_flops(SEVEN_B, counts, lora_rank=16, checkpointing=False)
+    assert found == {
+        "perf/share/train": 0.25,
+        "perf/share/rollout": 0.75,
+        "perf/train_tokens_per_second": 500.0,
+        "perf/mfu": pytest.approx(work / (4 * 989e12)),
+        "perf/gpu_hours_per_1000_samples": pytest.approx(16 * 2 / 3600 / 5 * 1000),
+    }
+    assert rates.take(taken, samples=5)["perf/mfu"] == 0  # a step's work counts once
+    on_cpu = StepRates(SEVEN_B, rank=16, gpu=None, gpus=0)
+    on_cpu.add([row])
+    assert sorted(on_cpu.take(taken, 5)) == [
+        "perf/share/rollout",
+        "perf/share/train",
+        "perf/train_tokens_per_second",
+    ]
+    assert rates.take({}, 5) == {"perf/gpu_hours_per_1000_samples": 0.0}
+
+
+def test_images_count_where_they_are_in_the_row():
+    grid = SimpleNamespace(tolist=lambda: [[1, 32, 32], [1, 16, 16]])
+    bare = SimpleNamespace(segments=[(0, 9, -1)], targets=range(2), pixel_values=None)
+    image = SimpleNamespace(**vars(bare) | {"pixel_values": 1, "image_grid_thw": grid})
+    work = []
+    for rows, changes in (([bare], {}), ([image], {}), ([image], {"train_tower": True})):
+        rates = _rates(**changes)
+        rates.add(rows)
+        work.append(rates.take({"seconds/train": 1.0}, 1)["perf/mfu"] * 989e12)
+    forward = SEVEN_B.image_flops(256) + SEVEN_B.image_flops(64)
+    assert work[1] - work[0] == pytest.approx(forward)
+    assert work[2] - work[0] == pytest.approx(3 * forward, rel=0.01)  # pixels have no gradient
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_driver_s_name_finds_its_peaks(device, name):
+    found = match_gpu(device)
+    assert (found and found.name) == name

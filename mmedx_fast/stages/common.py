@@ -16,6 +16,7 @@ from mmedx_fast.run_folder import Stage, write_folder
 
 if TYPE_CHECKING:
     from mmedx_fast.cost import PhaseMeter
+    from mmedx_fast.meter import StepRates
     from mmedx_fast.planner import RowPlan
     from mmedx_fast.policy import Policy
     from mmedx_fast.tree import PackedRow, Tree
@@ -111,6 +112,26 @@ def row_tokens(rows: Iterable[PackedRow]) -> tuple[int, int]:
     counts = ranks.all_gather([[row.n_tokens_plain, row.n_tokens] for row in rows])
     plain, computed = (sum(column) for column in zip(*sum(counts, []), strict=True))
     return plain, computed
+
+
+def step_rates(policy: Policy, cfg: Config, *, full: bool = False) -> StepRates:
+    """What turns this policy's steps into rates: tokens a second, MFU, GPU hours."""
+    import torch
+
+    from mmedx_fast import ranks
+    from mmedx_fast.flops import ModelShape
+    from mmedx_fast.gpus import match_gpu
+    from mmedx_fast.meter import StepRates
+
+    cuda = policy.device.type == "cuda"
+    return StepRates(
+        ModelShape.from_config(policy.module.base.config.to_dict()),
+        cfg.lora.r,
+        match_gpu(torch.cuda.get_device_name(policy.device)) if cuda else None,
+        ranks.world_size() if cuda else 0,
+        full,
+        not policy.tower_frozen,
+    )
 
 
 class _NoLog:

@@ -27,11 +27,13 @@ from mmedx_fast.stages.common import (
     row_tokens,
     save_progress,
     seed_everything,
+    step_rates,
     take_over,
 )
 from mmedx_fast.stages.context import Context, StageError, batches
 
 if TYPE_CHECKING:
+    from mmedx_fast.meter import StepRates
     from mmedx_fast.policy import Policy
     from mmedx_fast.tree import Tree
 
@@ -132,7 +134,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
     try:
         check_tree(policy, questions[0], [key or None for key in questions[0].record.reasoning])
         done, meter_state, _ = load_progress(stage, policy)
-        meter = PhaseMeter(meter_state)
+        meter, rates = PhaseMeter(meter_state), step_rates(policy, cfg)
         order = list(
             batches(len(questions), dsa.questions_per_step, dsa.steps, (cfg.seed, specialty))
         )
@@ -142,8 +144,10 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
             StopSignal() as stop,
         ):
             for step in range(done + 1, dsa.steps + 1):
-                metrics = _update(policy, [questions[i] for i in order[step - 1]], step, meter, ctx)
-                log.log(step, metrics | meter.take())
+                picked = [questions[i] for i in order[step - 1]]
+                metrics = _update(policy, picked, step, meter, rates, ctx)
+                taken = meter.take()
+                log.log(step, metrics | taken | rates.take(taken, len(picked)))
                 stopping = stop.agreed()
                 due = step % dsa.save_steps == 0 or stopping
                 if due and step < dsa.steps:
@@ -170,7 +174,12 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
 
 
 def _update(
-    policy: Policy, questions: list[Question], step: int, meter: Any, ctx: Context
+    policy: Policy,
+    questions: list[Question],
+    step: int,
+    meter: Any,
+    rates: StepRates,
+    ctx: Context,
 ) -> dict[str, float]:
     """One optimizer step: the mean over all target tokens of the batch's negative log-likelihood."""
     import torch
@@ -184,6 +193,7 @@ def _update(
         plans = own_rows(policy, [tree for tree, _ in made], ctx.cfg.gba)
         rows = [plan.pack(policy.rope_index) for plan in plans]
         plain, computed = row_tokens(rows)
+        rates.add(rows)
     raw = []
     with meter.phase("train", tokens=computed):
         for plan, row in zip(plans, rows, strict=True):

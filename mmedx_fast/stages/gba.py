@@ -34,6 +34,7 @@ from mmedx_fast.stages.common import (
     row_tokens,
     save_progress,
     seed_everything,
+    step_rates,
     take_over,
 )
 from mmedx_fast.stages.context import Context, StageError, batches
@@ -150,6 +151,7 @@ class _Trainer:
             checksum = self.policy.base_checksum()
             done, meter_state, _ = load_progress(self.stage, self.policy)
             self.meter: PhaseMeter = PhaseMeter(meter_state)
+            self.rates = step_rates(self.policy, self.cfg, full=self.gba.finetuning_type == "full")
             order = list(
                 batches(
                     len(self.questions),
@@ -169,7 +171,8 @@ class _Trainer:
                 self.sync(done)
                 for step in range(done + 1, self.gba.steps + 1):
                     metrics = self.step(step, [self.questions[i] for i in order[step - 1]])
-                    log.log(step, metrics | self.meter.take())
+                    taken = self.meter.take()
+                    log.log(step, metrics | taken | self.rates.take(taken, len(order[step - 1])))
                     stopping = stop.agreed()
                     due = step % self.gba.save_steps == 0 or stopping
                     if due and step < self.gba.steps:
@@ -311,6 +314,7 @@ class _Trainer:
             for tensors, mean in zip(batch, means, strict=True):
                 tensors["entropy_weight"] = mean
         plain, computed = row_tokens(rows)
+        self.rates.add(rows, self.gba.num_iterations)
         self._fixed_passes(rows, batch, computed)
         metrics: dict[str, float] = {}
         for _ in range(self.gba.num_iterations):
