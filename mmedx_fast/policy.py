@@ -128,7 +128,9 @@ class Policy:
         attention.set_backend(base, backend)
         # An extra pass over the MLP's width is nothing to a CPU, where memory is touched page by page.
         swiglu.set_recompute(base, place.type == "cpu")
-        if choose_liger(model.use_liger_kernel, place):  # after the line above, which would undo its MLP
+        if choose_liger(
+            model.use_liger_kernel, place
+        ):  # after the line above, which would undo its MLP
             apply_liger(base)
         config = new_adapter(lora) if adapter is None else read_config(adapter)
         peft_model = wrap(base, config, seed, with_reference=reference and adapter is not None)
