@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, written whole or not at all, checked before they are believed.
 
-``<stage>/checkpoints/step-000010/`` holds ``state.safetensors`` and ``meta.json``; the latter has
-the SHA-256 of the former and of itself. Nothing is pickled.
+``<stage>/checkpoints/step-000010/`` holds ``state.safetensors`` (or several shards of it) and
+``meta.json``; the latter has the SHA-256 of each of the former and of itself. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mmedx_fast.atomic import write_folder, write_text
+from mmedx_fast.model_files import ShardWriter
 
 _STEP = re.compile(r"step-(\d{6,})")
 _MAX_STEP = 10**12
@@ -28,37 +30,83 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file."""
 
 
+class SavedTensors(Mapping[str, Tensor]):
+    """The tensors of safetensors files, on the CPU; one is read when it is asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        from safetensors import safe_open
+
+        self._where: dict[str, tuple[Any, str]] = {}
+        for file in files:
+            opened = safe_open(file, framework="pt")
+            self._where |= {key: (opened, key) for key in opened.keys()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        opened, key = self._where[name]
+        tensor: Tensor = opened.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def shape(self, name: str) -> torch.Size:
+        """Without reading the tensor."""
+        opened, key = self._where[name]
+        return torch.Size(opened.get_slice(key).get_shape())
+
+    def under(self, prefix: str) -> SavedTensors:
+        """Those whose names start with `prefix`, which is cut off."""
+        part = SavedTensors(())
+        part._where = {
+            name.removeprefix(prefix): where
+            for name, where in self._where.items()
+            if name.startswith(prefix)
+        }
+        return part
+
+
 def save_checkpoint(
-    stage_dir: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int = 2
+    stage_dir: Path,
+    step: int,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    meta: dict[str, Any],
+    keep: int = 2,
+    max_shard_size: int | None = None,
 ) -> Path:
     """Write ``checkpoints/step-<step>`` atomically and delete all but the ``keep`` newest up to
     ``step``.
 
-    ``tensors``: any shape, dtype and device; views of one storage are stored apart. ``meta``: what
+    ``tensors``: any shape, dtype and device; views of one storage are stored apart. An iterator of
+    (name, tensor) is written as it comes, ``max_shard_size`` bytes in memory at a time. ``meta``: what
     JSON can hold (string keys; tuples come back as lists; NaN and infinities survive). Returns the
     checkpoint's folder. Raises ValueError for bad arguments and ``DiskFullError``; then the earlier
     checkpoints are as they were.
     """
     if not 0 <= step < _MAX_STEP or keep < 1:
         raise ValueError(f"step = {step} must be in [0, 1e12) and keep = {keep} at least 1")
-    from safetensors.torch import save_file
-
     try:
         text = json.dumps(_checked_keys(meta, "meta"), sort_keys=True)
     except TypeError as error:
         raise ValueError(
             f"meta of the checkpoint at step {step} cannot be written as JSON: {error}"
         ) from None
-    state = _owned(tensors)
-    nbytes = sum(t.numel() * t.element_size() for t in state.values()) + len(text)
+    nbytes, pairs = None, tensors
+    if isinstance(tensors, Mapping):
+        pairs = tensors.items()
+        nbytes = sum(t.numel() * t.element_size() for t in tensors.values()) + len(text)
     target = Path(stage_dir) / "checkpoints" / f"step-{step:06d}"
     with write_folder(target, nbytes) as folder:
-        path = folder / "state.safetensors"
-        save_file(state, path)
+        writer = ShardWriter(folder, "state", max_shard_size)
+        for name, tensor in pairs:
+            writer.add(name, tensor)
+        files = sorted(set(writer.finish().values()) or {"state.safetensors"})
         body = {
-            "format": 1,
+            "format": 2,
             "step": step,
-            "state": {"sha256": _sha256(path), "bytes": path.stat().st_size},
+            "files": {name: _file_record(folder / name) for name in files},
             "meta": json.loads(text),
         }
         body["checksum"] = _checksum(body)
@@ -69,9 +117,9 @@ def save_checkpoint(
     return target
 
 
-def load_latest(stage_dir: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint that is whole: (step, tensors on the CPU, meta), or None when there is
-    none.
+def load_latest(stage_dir: Path) -> tuple[int, SavedTensors, dict[str, Any]] | None:
+    """The newest checkpoint that is whole: (step, tensors on the CPU, read when asked for, meta), or
+    None when there is none.
 
     A damaged one (file missing, truncated, wrong checksum) is passed over for the one before it,
     with a warning that names the file.
@@ -115,7 +163,7 @@ def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, info
 
 
-def set_rng_state(tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+def set_rng_state(tensors: Mapping[str, Tensor], info: dict[str, Any]) -> None:
     """Put back what :func:`rng_state` returned; names that do not start with ``rng/`` are ignored.
 
     Raises :class:`CheckpointError` when a part is missing. With another number of CUDA devices the
@@ -155,46 +203,43 @@ def _steps(stage_dir: Path) -> list[tuple[int, Path]]:
     return sorted(((int(m[1]), p) for m, p in matches if m), reverse=True)
 
 
-def _read(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(folder: Path, step: int) -> tuple[SavedTensors, dict[str, Any]]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    path, state = folder / "meta.json", folder / "state.safetensors"
+    path = folder / "meta.json"
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         checksum = body.pop("checksum")
-        expected = body["state"]
+        files = body["files"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint file {path} is damaged or missing ({error})") from None
     if checksum != _checksum(body) or body["step"] != step:
         raise CheckpointError(f"checkpoint file {path} does not match its checksum")
-    if not state.is_file():
-        raise CheckpointError(f"checkpoint file {state} is missing")
-    if state.stat().st_size != expected["bytes"]:
+    for name, expected in files.items():
+        _check_file(folder / name, expected)
+    try:
+        return SavedTensors(folder / name for name in files), body["meta"]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint files of {folder} cannot be read ({error})") from None
+
+
+def _file_record(path: Path) -> dict[str, Any]:
+    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
+
+
+def _check_file(path: Path, expected: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint file {path} is missing")
+    if path.stat().st_size != expected["bytes"]:
         raise CheckpointError(
-            f"checkpoint file {state} has {state.stat().st_size:,} bytes "
+            f"checkpoint file {path} has {path.stat().st_size:,} bytes "
             f"instead of {expected['bytes']:,}"
         )
     try:
-        if _sha256(state) != expected["sha256"]:
-            raise CheckpointError(f"checkpoint file {state} does not match its checksum")
-        return load_file(state, device="cpu"), body["meta"]
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint file {state} cannot be read ({error})") from None
-
-
-def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that each own their storage alone: safetensors refuses shared ones."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        held = tensor.detach().to("cpu").contiguous()
-        storage = held.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != held.numel() * held.element_size():
-            held = held.clone()
-        seen.add(held.untyped_storage().data_ptr())
-        out[name] = held
-    return out
+        if _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"checkpoint file {path} does not match its checksum")
+    except OSError as error:
+        raise CheckpointError(f"checkpoint file {path} cannot be read ({error})") from None
 
 
 def _checked_keys(value: Any, where: str) -> Any:

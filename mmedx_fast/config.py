@@ -176,9 +176,14 @@ class RewardConfig(Section):
 
 class GbaConfig(Section):
     finetuning_type: Literal["lora", "full"] = "lora"
-    """``lora`` trains an adapter, ``full`` every weight of the language model."""
+    """What RL trains: a LoRA on the frozen base, or (``full``) all weights of the language model. Experts
+    are LoRAs either way."""
     freeze_vision_tower: bool = True
-    """With ``full``: leave the vision tower as it is. A LoRA's reach is ``lora.target_modules``."""
+    """With ``full``: leave the vision tower and its projector as they are, so that image features are
+    computed once a step; false trains them too."""
+    max_shard_size: int = Field(5_000_000_000, ge=1 << 20)
+    """With ``full``: bytes of one file of the model or of a checkpoint, and the most of either that is
+    gathered on rank 0 at a time (a larger matrix comes alone)."""
     start: str = "experts_mean"
     """``experts_mean`` (truncated SVD of the mean expert delta), ``base``, or one specialty's expert."""
     start_scale: float = Field(1.0, gt=0)
@@ -306,6 +311,12 @@ class Config(Section):
             raise ValueError(
                 "gba.loss.epsilon_high is the largest weight itself for cispo: give it, e.g. 5.0 "
                 f"(got {self.gba.loss.epsilon_high})"
+            )
+        if self.gba.finetuning_type == "full" and self.gba.loss.beta > 0:
+            raise ValueError(
+                f"gba.loss.beta = {self.gba.loss.beta} needs the starting model as reference, which "
+                "gba.finetuning_type = full would have to hold a second time: set gba.loss.beta=0, or "
+                "gba.finetuning_type=lora, whose reference is the frozen starting adapter"
             )
         if self.lora.r > self.rollout.max_lora_rank:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""The policy: a frozen Qwen-VL base, LoRA adapters on it, DeepSpeed around them; packed rows in.
+"""The policy: a Qwen-VL model with LoRA adapters or trained in full, DeepSpeed around it; packed rows
+in.
 
 One wrapped forward per row, so ZeRO's hooks see an ordinary module. Only the hidden states that
 predict a response token reach the head, and the loss makes its own gradient there.
@@ -13,14 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from mmedx_fast import attention, swiglu
+from mmedx_fast.atomic import write_folder
 from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig
 from mmedx_fast.liger import apply_liger, choose_liger
+from mmedx_fast.model_files import local_folder, write_model
 from mmedx_fast.ops import linear_logprob, linear_policy_loss
 from mmedx_fast.policy_adapter import (
     base_fingerprint,
@@ -29,8 +32,10 @@ from mmedx_fast.policy_adapter import (
     read_tensors,
     weights_checksum,
     write_adapter,
+    write_base_note,
 )
 from mmedx_fast.policy_engine import Engine, gathered
+from mmedx_fast.policy_full import checkpoint_names, merge_adapter_, thaw_, whole_weights
 from mmedx_fast.policy_model import (
     Head,
     RowModel,
@@ -65,6 +70,7 @@ class Policy:
         module: RowModel,
         adapter_config: Any,
         base_name: str,
+        fingerprint: str,
         device: torch.device,
         dtype: torch.dtype,
         has_reference: bool,
@@ -74,6 +80,9 @@ class Policy:
         self.device = device
         self.dtype = dtype
         self.base_name = base_name
+        self.fingerprint = fingerprint
+        """Of the base, before anything was merged or trained."""
+        self.full = adapter_config is None
         self.rope_index = RopeIndex.of(module.base.config)
         self.tower_frozen = not any(p.requires_grad for p in module.base.model.visual.parameters())
         self._adapter_config = adapter_config
@@ -81,7 +90,7 @@ class Policy:
         self._engine: Engine | None = None
         self._layers = lora_layers(module)
         self._banned = torch.tensor(list(banned), device=device) if banned else None
-        self.fingerprint = base_fingerprint(self._base_weights())
+        self._named = checkpoint_names(module.model, base_name) if self.full else {}
 
     @classmethod
     def load(
@@ -90,6 +99,8 @@ class Policy:
         *,
         model: ModelConfig,
         lora: LoraConfig,
+        finetuning_type: Literal["lora", "full"] = "lora",
+        freeze_vision_tower: bool = True,
         adapter: Path | None = None,
         reference: bool = False,
         optimizer: OptimizerConfig | None = None,
@@ -100,14 +111,18 @@ class Policy:
         device: torch.device | str | None = None,
         attention_kernel: attention.Kernel | None = None,
     ) -> Policy:
-        """Load the base, put a LoRA on it, and (with `optimizer`) wrap both in DeepSpeed.
+        """Load the base, put a LoRA on it or thaw it, and (with `optimizer`) wrap it in DeepSpeed.
 
         Args:
             model_path: folder or name of a Qwen2-VL / Qwen2.5-VL model.
-            lora: shape of a new adapter; an `adapter` brings its own.
-            adapter: PEFT folder to go on from.
+            lora: shape of a new adapter; an `adapter` brings its own. Ignored by ``full``.
+            finetuning_type: train a LoRA, or all weights (``full``; DeepSpeed keeps float32 masters of
+                a bfloat16 model).
+            freeze_vision_tower: with ``full``, leave the vision tower and its projector alone. With a
+                LoRA its target modules decide.
+            adapter: PEFT folder to go on from; ``full`` adds it to the weights.
             reference: keep a frozen copy of `adapter` for ``use="reference"``. Without an adapter
-                the reference is the base itself and costs nothing.
+                the reference is the base itself and costs nothing. Not with ``full``.
             optimizer: null makes a policy that only evaluates.
             total_steps: updates the learning-rate schedule is made for.
             deepspeed: DeepSpeed settings; what the rest of the configuration decides is refused.
@@ -121,9 +136,16 @@ class Policy:
             ValueError: unknown architecture, missing weights, an adapter of another base
                 (:class:`~mmedx_fast.policy_adapter.AdapterError`), settings that contradict.
         """
+        if finetuning_type == "full" and reference:
+            raise ValueError(
+                "a policy trained in full keeps no reference: use a LoRA, or no KL term"
+            )
         place = default_place() if device is None else torch.device(device)
         dtype = getattr(torch, model.dtype)
         base = load_base(model_path, model, dtype).to(place)
+        fingerprint = base_fingerprint(base.named_parameters())
+        if adapter is not None:
+            check_base(adapter, str(model_path), fingerprint)
         backend = attention.choose_backend(model.attention, place, attention_kernel)
         attention.set_backend(base, backend)
         # An extra pass over the MLP's width is nothing to a CPU, where memory is touched page by page.
@@ -132,8 +154,15 @@ class Policy:
             model.use_liger_kernel, place
         ):  # after the line above, which would undo its MLP
             apply_liger(base)
-        config = new_adapter(lora) if adapter is None else read_config(adapter)
-        peft_model = wrap(base, config, seed, with_reference=reference and adapter is not None)
+        config: Any = None
+        whole: Any = base
+        has_reference = reference and adapter is not None
+        if finetuning_type == "full":
+            whole = base if adapter is None else merge_adapter_(base, adapter)
+            thaw_(whole, freeze_vision_tower)
+        else:
+            config = new_adapter(lora) if adapter is None else read_config(adapter)
+            whole = wrap(base, config, seed, with_reference=has_reference)
         if model.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
             # transformers makes every embedding require gradients now, the frozen vision tower's too,
@@ -141,25 +170,22 @@ class Policy:
             # found checkpointing on, with hooks that nothing removes: hence after it.
             base.disable_input_require_grads()
         policy = cls(
-            RowModel(peft_model, backend, attention_kernel),
+            RowModel(whole, backend, attention_kernel),
             config,
             str(model_path),
+            fingerprint,
             place,
             dtype,
-            reference and adapter is not None,
+            has_reference,
             banned_token_ids,
         )
-        if adapter is not None:
+        if adapter is not None and not policy.full:
             policy._read_adapter(adapter)
         policy.module.train(optimizer is not None)
         if optimizer is not None:
+            trained = policy._trained()
             policy._engine = Engine(
-                policy.module,
-                policy._adapter_params("default"),
-                optimizer,
-                deepspeed or {},
-                total_steps,
-                place,
+                policy.module, trained, optimizer, deepspeed or {}, total_steps, place
             )
         return policy
 
@@ -210,6 +236,8 @@ class Policy:
             return
         if use not in ("reference", "base"):
             raise ValueError(f"use must be 'policy', 'reference' or 'base', got {use!r}")
+        if self.full:
+            raise ValueError(f"use={use!r}: a policy trained in full keeps no other weights")
         switch_off = use == "base" or not self._has_reference
         for layer in self._layers:
             layer._disable_adapters = switch_off
@@ -300,7 +328,8 @@ class Policy:
         engine = self._training()
 
         def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return with_gradient(hidden, lambda leaf: loss_of(leaf, weight))
+            trained = cast(nn.Parameter, weight) if weight.requires_grad else None
+            return with_gradient(hidden, lambda leaf: loss_of(leaf, weight), trained)
 
         loss, metrics = self._forward(row, head)
         engine.backward(loss)
@@ -333,16 +362,21 @@ class Policy:
             if marked in name and ".lora_" in name
         }
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """Names on disk -> the parameters that the optimizer steps."""
+        if not self.full:
+            return self._adapter_params("default")
+        return {name: param for name, param in self._named.items() if param.requires_grad}
+
     def _base_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names as in the base's checkpoint, with whole weights."""
+        """What training must not change, whole: the base under the adapters, or what ``full`` freezes."""
         for name, param in self.module.model.named_parameters():
-            if ".lora_" not in name:
+            if ".lora_" not in name and not param.requires_grad:
                 plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
                 with gathered([param]):
                     yield plain, param.detach()
 
     def _read_adapter(self, folder: Path) -> None:
-        check_base(folder, self.base_name, self.fingerprint)
         params = self._adapter_params("default")
         tensors = read_tensors(folder, {key: param.shape for key, param in params.items()})
         copies = [params]
@@ -361,7 +395,12 @@ class Policy:
         write_adapter(Path(folder), tensors, self._adapter_config, self.base_name, self.fingerprint)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """PEFT's keys -> float32 copies on the CPU. Every rank must call it."""
+        """PEFT's keys -> float32 copies on the CPU, gathered block by block. Every rank must call
+        it."""
+        if self.full:
+            raise ValueError(
+                "a policy trained in full has no adapter; save_model writes its weights"
+            )
         if self._engine is not None:
             return self._engine.values()
         params = self._adapter_params("default")
@@ -369,10 +408,39 @@ class Policy:
             key: param.detach().to("cpu", torch.float32, copy=True) for key, param in params.items()
         }
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What training needs to go on bit for bit: tensors (safetensors-ready) and JSON values."""
-        tensors, meta = self._training().state()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights of a policy trained in full: the checkpoint's names, copies in the model's dtype.
+
+        Under ZeRO-3 gathered block by block: every rank must go through all of them.
+        """
+        if not self.full:
+            raise ValueError("a LoRA policy's weights are those of its base; see adapter_tensors")
+        return whole_weights(self._named)
+
+    def save_model(self, folder: Path, max_shard_size: int = 5_000_000_000) -> None:
+        """Write a policy trained in full as a model folder for transformers and vLLM, beside it which
+        base it came from. Every rank calls it, rank 0 writes, `max_shard_size` bytes at a time."""
+        weights = self.weights()
+        if not _is_main():
+            for _ in weights:
+                pass
+            return
+        with write_folder(Path(folder)) as partial:
+            write_model(partial, weights, local_folder(self.base_name), self.dtype, max_shard_size)
+            write_base_note(partial, self.base_name, self.fingerprint)
+
+    def named_state(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+        """What training needs to go on bit for bit: tensors, one at a time, and JSON values.
+
+        Every rank must go through all tensors.
+        """
+        tensors, meta = self._training().named_state()
         return tensors, {**meta, "base_fingerprint": self.fingerprint}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """:meth:`named_state`, all tensors at once."""
+        tensors, meta = self.named_state()
+        return dict(tensors), meta
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Go on from :meth:`state`.
@@ -388,8 +456,8 @@ class Policy:
         self._training().load_state(tensors, meta)
 
     def base_checksum(self) -> str:
-        """sha256 of the frozen base weights: equal before and after training, or something
-        wrote."""
+        """sha256 of the frozen weights (of all of the base, with a LoRA): equal before and after
+        training, or something wrote."""
         return weights_checksum(self._base_weights())
 
     # -- checks and end --------------------------------------------------------------------------
@@ -442,7 +510,7 @@ class Policy:
 
     def close(self) -> None:
         """Free model and engine, so that another policy can be loaded in this process."""
-        self._layers = []
+        self._layers, self._named = [], {}
         del self.module
         if self._engine is not None:
             self._engine.close()

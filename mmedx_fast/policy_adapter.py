@@ -80,10 +80,7 @@ def write_adapter(
             "inference_mode": True,
         }
         _write_json(temporary / CONFIG_NAME, saved)
-        _write_json(
-            temporary / BASE_NAME,
-            {"base_model_name_or_path": base_name, "base_fingerprint": fingerprint},
-        )
+        write_base_note(temporary, base_name, fingerprint)
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             folder.rename(old)
@@ -92,6 +89,12 @@ def write_adapter(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_base_note(folder: Path, base_name: str, fingerprint: str) -> None:
+    """Say in `folder` which base its weights were trained from."""
+    note = {"base_model_name_or_path": base_name, "base_fingerprint": fingerprint}
+    _write_json(folder / BASE_NAME, note)
 
 
 def _plain(value: Any) -> Any:

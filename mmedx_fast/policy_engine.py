@@ -1,28 +1,33 @@
-"""DeepSpeed around the LoRA parameters: gradients in, updates out, and a state that resumes bit for
-bit.
+"""DeepSpeed around the trained parameters: gradients in, updates out, and a state that resumes bit
+for bit.
 
-The trainable parameters are float32 whatever the base's dtype, so they are their own master copy;
-the frozen base never enters the optimizer. One update may take any number of backward passes:
+LoRA parameters are float32 whatever the base's dtype, so they are their own master copy. Of a
+bfloat16 model that is trained in full ZeRO holds float32 masters, and gradients add up in float32.
+What is frozen never enters the optimizer. One update may take any number of backward passes:
 ``step`` is the boundary.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmedx_fast.checkpoint import SavedTensors
 from mmedx_fast.config import OptimizerConfig
 
 logger = logging.getLogger(__name__)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_BLOCK = re.compile(r".*?\.(layers|blocks)\.\d+\.")
 _OWNED = {
     "optimizer": "the optimizer section of the stage",
     "scheduler": "the optimizer section of the stage",
@@ -70,7 +75,10 @@ class _ClippedAdamW(torch.optim.AdamW):
         self.max_grad_norm = max_grad_norm
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for param in params:
+            if param.grad is None:  # no row used it: moments and decay go on, as under ZeRO
+                param.grad = torch.zeros_like(param)
         norm = nn.utils.clip_grad_norm_(params, self.max_grad_norm).item()
         self._global_grad_norm, self.overflow = norm, not math.isfinite(norm)
         if not self.overflow:
@@ -116,6 +124,18 @@ def gathered(params: Sequence[nn.Parameter]) -> Any:
     return deepspeed.zero.GatheredParameters(partitioned)
 
 
+def by_block(params: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
+    """`params` in runs of one transformer block, or of one module outside the blocks: what may be whole
+    at a time."""
+
+    def block(name: str) -> str:
+        found = _BLOCK.match(name)
+        return found[0] if found else name.rpartition(".")[0]
+
+    for _, run in itertools.groupby(params, key=block):
+        yield {name: params[name] for name in run}
+
+
 def check_deepspeed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the user's DeepSpeed settings.
 
@@ -147,7 +167,7 @@ def _release_partitions(engine: Any) -> None:
 
 
 class Engine:
-    """One DeepSpeed engine over `module`, stepping `params` (name -> float32 LoRA parameter)."""
+    """One DeepSpeed engine over `module`, stepping `params` (name -> parameter, all of one dtype)."""
 
     def __init__(
         self,
@@ -159,8 +179,13 @@ class Engine:
         device: torch.device,
     ) -> None:
         settings = check_deepspeed_config(deepspeed_config)
-        self.stage: int = settings.get("zero_optimization", {}).get("stage", 0)
         self.params = dict(params)
+        self._mastered = any(p.dtype != torch.float32 for p in self.params.values())
+        self.stage: int = settings.get("zero_optimization", {}).get("stage", 0)
+        if self._mastered and self.stage == 0:
+            # Stage 0 has no float32 masters; stage 1 is the same update, its optimizer state sharded.
+            self.stage = 1
+            settings["zero_optimization"] = {**settings.get("zero_optimization", {}), "stage": 1}
         self._factor = lr_factor(optimizer, total_steps)
         self._backwards = 0
         kwargs: dict[str, Any] = {
@@ -239,6 +264,10 @@ class Engine:
             raise RuntimeError("step() without a backward: the step has no rows; skip it instead")
         rate = self.learning_rate
         self.engine.step()
+        if self.stage == 3:
+            # Else a parameter that the first row of the next update does not use (the vision tower, for
+            # a text row) keeps this update's gradient.
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
         self._backwards = 0
         applied = self.engine.was_step_applied()
         norm = float(self.engine.get_global_grad_norm()) if applied else math.nan
@@ -246,25 +275,46 @@ class Engine:
             logger.warning("gradient norm is not finite: this update is skipped")
         return {"grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
 
+    def named_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole float32 parameters on the CPU, copied, gathered block by block. Every rank must go
+        through all of them."""
+        for block in by_block(self.params):
+            yield from [(name, self._value(param)) for name, param in block.items()]
+
     def values(self) -> dict[str, Tensor]:
-        """Whole float32 parameters on the CPU, copied. Every rank must call it."""
-        with gathered(list(self.params.values())):
-            return {
-                name: param.detach().to("cpu", torch.float32, copy=True)
-                for name, param in self.params.items()
-            }
+        """:meth:`named_values`, all at once."""
+        return dict(self.named_values())
+
+    def named_state(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+        """Parameters with Adam's moments (float32, on the CPU, block by block), and counters.
+
+        Independent of the ZeRO stage. Every rank must go through all tensors.
+        """
+        steps = int(next(iter(self._basic.state.values()))["step"])
+        meta = {"optimizer_step": steps, "scheduler_step": int(self._scheduler.last_epoch)}
+        return self._state_tensors(), meta
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Parameters, Adam's moments and counters. Independent of the ZeRO stage. Every rank must
-        call it."""
-        tensors = {f"param/{name}": value for name, value in self.values().items()}
-        for name, param in self.params.items():
-            for moment in _MOMENTS:
-                tensors[f"{moment}/{name}"] = self._moment(param, moment).to(
-                    "cpu", torch.float32, copy=True
-                )
-        steps = int(next(iter(self._basic.state.values()))["step"])
-        return tensors, {"optimizer_step": steps, "scheduler_step": int(self._scheduler.last_epoch)}
+        """:meth:`named_state`, all at once."""
+        tensors, meta = self.named_state()
+        return dict(tensors), meta
+
+    def _state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for block in by_block(self.params):
+            for name, param in block.items():
+                yield f"param/{name}", self._value(param)
+                for moment in _MOMENTS:
+                    value = self._moment(param, moment)
+                    yield f"{moment}/{name}", value.to("cpu", torch.float32, copy=True)
+
+    def _value(self, param: nn.Parameter) -> Tensor:
+        if self._mastered:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            whole = safe_get_full_fp32_param(param).detach().reshape(self._shape(param))
+            return whole.to("cpu", torch.float32, copy=True)
+        with gathered([param]):
+            return param.detach().to("cpu", torch.float32, copy=True)
 
     def _moment(self, param: nn.Parameter, moment: str) -> Tensor:
         if self.stage == 0:
@@ -279,6 +329,8 @@ class Engine:
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state` returned, on any ZeRO stage and number of ranks.
+
+        Reads one tensor at a time.
 
         Raises:
             ValueError: a tensor or counter is missing, unknown or of another shape.
@@ -301,14 +353,14 @@ class Engine:
         wrong = sorted(expected.keys() ^ tensors.keys())
         if wrong:
             raise ValueError(
-                f"the checkpoint's tensors do not fit this adapter: {len(wrong)} keys differ, such "
-                f"as {wrong[0]!r}; it was made with other LoRA settings"
+                f"the checkpoint's tensors do not fit what is trained: {len(wrong)} keys differ, such "
+                f"as {wrong[0]!r}; it was made with other settings (lora, gba.finetuning_type or "
+                "gba.freeze_vision_tower)"
             )
         for key, shape in expected.items():
-            if tensors[key].shape != shape:
-                raise ValueError(
-                    f"checkpoint tensor {key} is {tuple(tensors[key].shape)}, need {tuple(shape)}"
-                )
+            found = tensors.shape(key) if isinstance(tensors, SavedTensors) else tensors[key].shape
+            if found != shape:
+                raise ValueError(f"checkpoint tensor {key} is {tuple(found)}, need {tuple(shape)}")
         for key in ("optimizer_step", "scheduler_step"):
             if not isinstance(meta.get(key), int):
                 raise ValueError(
@@ -321,13 +373,32 @@ class Engine:
             target = param.data if moment is None else self._basic.state[param][moment]
             target.copy_(value)
             return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        if self.stage == 3:
+            self._write_partition(param, value, moment)
+        else:
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        if moment is not None:
-            safe_set_full_optimizer_state(param, value, moment)
-            return
-        safe_set_full_fp32_param(param, value)
-        self.write_live(param, value)
+            if moment is None:
+                safe_set_full_fp32_param(param, value)
+            else:
+                safe_set_full_optimizer_state(param, value, moment)
+        if moment is None:
+            self.write_live(param, value)
+
+    def _write_partition(self, param: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        """This rank's share of a master or moment; the last share may be padded, which DeepSpeed's own
+        setter does not expect."""
+        import torch.distributed as dist
+
+        zero = self.engine.optimizer
+        own, _ = zero._get_fp32_opt_state_partition(
+            param, release_swap_buffers=False, optim_state_key=moment
+        )
+        size = own.numel()
+        padded = nn.functional.pad(
+            value.flatten(), (0, size * dist.get_world_size() - value.numel())
+        )
+        own.data.copy_(padded.narrow(0, size * dist.get_rank(), size))
 
     @staticmethod
     def write_live(param: nn.Parameter, value: Tensor) -> None:

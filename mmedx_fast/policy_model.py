@@ -20,35 +20,38 @@ Head = Callable[[Tensor, Tensor], Any]
 
 
 class _AttachGradient(torch.autograd.Function):
-    """A loss whose gradient with respect to `hidden` is known already."""
+    """A loss whose gradients with respect to `operands` are known already."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *operands: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (None, None, *(known * grad.to(known.dtype) for known in ctx.saved_tensors))
 
 
 def with_gradient(
-    hidden: Tensor, loss_of: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+    hidden: Tensor,
+    loss_of: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
+    weight: nn.Parameter | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Differentiate the loss down to `hidden` at once.
+    """Differentiate the loss down to `hidden`, and to the head's `weight` if that is trained, at once.
 
     Under ZeRO-3 the head's weight is whole only inside the forward, so nothing may need it later.
     """
     leaf = hidden.detach().requires_grad_()
     with torch.enable_grad():
         loss, metrics = loss_of(leaf)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-    return _AttachGradient.apply(hidden, gradient, loss.detach()), metrics
+        inner = [leaf] if weight is None else [leaf, weight]
+        gradients = torch.autograd.grad(loss, inner)
+    outer = (hidden,) if weight is None else (hidden, weight)
+    return _AttachGradient.apply(loss.detach(), gradients, *outer), metrics
 
 
 class RowModel(nn.Module):
-    """A PEFT model whose forward takes a packed row."""
+    """A transformers model, or PEFT's wrapper of one, whose forward takes a packed row."""
 
     def __init__(
         self, model: Any, backend: attention.Backend, kernel: attention.Kernel | None
@@ -60,8 +63,9 @@ class RowModel(nn.Module):
 
     @property
     def base(self) -> Any:
-        """The transformers model inside PEFT's wrapper."""
-        return self.model.base_model.model
+        """The transformers model, inside PEFT's wrapper where there is one."""
+        wrapped = getattr(self.model, "get_base_model", None)
+        return self.model if wrapped is None else wrapped()
 
     def forward(self, row: PackedRow, head: Head | None, plain: bool = False) -> Any:
         """`head` of the response's hidden states; without a head the image features [tokens, H].

@@ -47,7 +47,7 @@ def build(kind: str = "qwen2_5_vl", seed: int = 0) -> Any:
     if kind == "qwen2_5_vl":
         vision = VISION | {
             "hidden_size": 32,
-            "intermediate_size": 48,
+            "intermediate_size": 49,  # no rank gets the same share of it
             "out_hidden_size": 64,
             "window_size": 56,
             "fullatt_block_indexes": [1],

@@ -26,6 +26,10 @@ from mmedx_fast.stages import dsa, gba
 CASES = [("frozen", 1), ("trained", 2), ("frozen", 3), ("trained", 3)]
 """The vision tower, and the ZeRO stage."""
 TARGETS = {"frozen": LoraConfig().target_modules, "trained": r".*\.(qkv|q_proj|down_proj)"}
+FULL = [("frozen", 0), ("trained", 0), ("trained", 1), ("frozen", 2), ("frozen", 3), ("trained", 3)]
+"""The same where all weights train."""
+KEY_BIAS = ("k_proj.bias", "qkv.bias")
+"""Softmax ignores a shift of all keys: its gradient is rounding alone, and so is Adam's direction."""
 STEPS = 3
 BOUND = 120
 WORLD = 2
@@ -107,6 +111,39 @@ def train(base, stage, tower, adapter=None):
     return result
 
 
+def train_full(base, stage, tower, dtype="float32", folder=None):
+    """As :func:`train`, with all weights trained; also what a loaded state and the written model hold."""
+    policy = Policy.load(
+        base,
+        model=ModelConfig(dtype=dtype, gradient_checkpointing=stage == 3),
+        lora=LoraConfig(),
+        finetuning_type="full",
+        freeze_vision_tower=tower == "frozen",
+        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.01),
+        total_steps=8,
+        deepspeed={"zero_optimization": {"stage": stage}},
+    )
+    before = policy.base_checksum()
+    curve = [update(policy, step) for step in range(STEPS)]
+    state, meta = policy.state()
+    policy.load_state({name: value + 1.0 for name, value in state.items()}, meta)
+    moved, _ = policy.state()
+    policy.load_state(state, meta)
+    again, _ = policy.state()
+    if folder is not None:
+        policy.save_model(folder, max_shard_size=100_000)
+    result = {
+        "curve": curve,
+        "state": state,
+        "weights": dict(policy.weights()),
+        "loaded": all(torch.equal(again[name], value) for name, value in state.items())
+        and all(torch.equal(moved[name], value + 1.0) for name, value in state.items()),
+        "frozen_unchanged": policy.base_checksum() == before,
+    }
+    policy.close()
+    return result
+
+
 def stage_steps(base, zero):
     """What an update of GBA and one of DSA report, on rows of the same questions."""
     cfg = load_config(find_config("demo.yaml"), ["gba.max_row_tokens=120", "gba.loss.beta=0.01"])
@@ -177,6 +214,13 @@ def _worker(rank, port, base, folder):
             name = f"{tower}-{stage}"
             result = train(base, stage, tower, folder / f"adapter-{name}")
             torch.save(result, folder / f"{name}-{rank}.pt")
+        for tower, stage in FULL:
+            name = f"full-{tower}-{stage}"
+            torch.save(
+                train_full(base, stage, tower, folder=folder / name), folder / f"{name}-{rank}.pt"
+            )
+        found = train_full(base, 3, "trained", "bfloat16")
+        torch.save(found, folder / f"full-bfloat16-{rank}.pt")
         torch.save(stage_steps(base, 2), folder / f"stages-{rank}.pt")
     except BaseException:
         (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
@@ -221,6 +265,12 @@ def one_process(base):
     return {tower: train(base, 0, tower) for tower in TARGETS}
 
 
+@pytest.fixture(scope="module")
+def one_process_full(base):
+    found = {tower: train_full(base, 0, tower) for tower in TARGETS}
+    return found | {"bfloat16": train_full(base, 0, "trained", "bfloat16")}
+
+
 def test_the_steps_hold_what_makes_ranks_differ():
     plans = [
         [row for rank in plan_ranks(questions(s), WORLD, BOUND) for row in rank]
@@ -251,6 +301,51 @@ def test_two_ranks_learn_what_one_process_learns(two_processes, one_process, tow
         for key, value in found[0][part].items():
             assert torch.equal(value, found[1][part][key]), key
     assert found[0]["curve"] == found[1]["curve"]
+
+
+def both_ranks(folder, name):
+    return [torch.load(folder / f"{name}-{r}.pt", weights_only=True) for r in range(WORLD)]
+
+
+@pytest.mark.parametrize(("tower", "stage"), FULL)
+def test_two_ranks_train_all_weights_as_one_process_does(
+    two_processes, one_process_full, tower, stage
+):
+    from mmedx_fast.model_files import read_tensors, tensor_files
+
+    wanted = one_process_full[tower]
+    found = both_ranks(two_processes, f"full-{tower}-{stage}")
+    for result in found:
+        assert result["frozen_unchanged"] and result["loaded"]
+        for ours, theirs in zip(result["curve"], wanted["curve"], strict=True):
+            for key, value in theirs.items():
+                assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+        assert result["state"].keys() == wanted["state"].keys()
+        for key, value in wanted["state"].items():
+            if not key.endswith(KEY_BIAS):
+                # Adam turns rounding of the smallest gradients into steps of up to the rate.
+                bound = 0.02 * float(value.norm()) + 1e-6
+                assert float((result["state"][key] - value).norm()) < bound, key
+        for key, value in result["weights"].items():
+            assert torch.equal(value, result["state"].get(f"param/{key}", value)), key
+    for part in ("weights", "state"):
+        assert all(torch.equal(value, found[1][part][key]) for key, value in found[0][part].items())
+    assert found[0]["curve"] == found[1]["curve"]
+    written = dict(read_tensors(tensor_files(two_processes / f"full-{tower}-{stage}")))
+    assert written.keys() == found[0]["weights"].keys()
+    assert all(torch.equal(value, written[key]) for key, value in found[0]["weights"].items())
+
+
+def test_two_ranks_train_a_bfloat16_model_within_its_rounding(two_processes, one_process_full):
+    wanted = one_process_full["bfloat16"]
+    for result in both_ranks(two_processes, "full-bfloat16"):
+        assert result["frozen_unchanged"] and result["loaded"]
+        for ours, theirs in zip(result["curve"], wanted["curve"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02, abs=0.02)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)
+        for key, value in result["weights"].items():
+            assert value.dtype == torch.bfloat16
+            assert torch.equal(value, result["state"][f"param/{key}"].bfloat16()), key
 
 
 def test_the_stages_updates_are_those_of_one_process(two_processes, base):

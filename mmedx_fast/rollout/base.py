@@ -7,9 +7,20 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from mmedx_fast.model_files import (
+    ModelFilesError,
+    canonical,
+    local_folder,
+    read_config,
+    safetensors_keys,
+    tensor_files,
+)
 from mmedx_fast.prompts import PromptError, Question
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Request = tuple[Question, str | None]
 """A question and the guideline it is asked under (None: no guideline)."""
@@ -99,7 +110,7 @@ class RolloutEngine(Protocol):
 
     name: str
     version: int
-    """Version of the loaded adapter, ``BASE_VERSION`` without one."""
+    """Version of the loaded adapter, or of ``update_weights``; ``BASE_VERSION`` without either."""
 
     def generate(
         self,
@@ -131,6 +142,16 @@ class RolloutEngine(Protocol):
     def load_weights(self, folder: str | Path) -> None:
         """Serve the full weights (safetensors) of an HF model folder from now on, without an
         adapter."""
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Serve these full weights from now on, without an adapter; caches are reset.
+
+        ``weights``: every tensor of the model under its checkpoint's name, in any order; each is read
+        before the next is asked for. ``version`` becomes the engine's until an adapter or other weights
+        are loaded. Raises ``RolloutError`` for an incomplete model; the engine's weights are then a
+        mixture.
+        """
         ...
 
     def sleep(self) -> None:
@@ -226,9 +247,11 @@ def check_adapter(folder: str | Path, max_rank: int) -> dict[str, Any]:
         raise RolloutError(
             f"{folder}: rank {config['r']} exceeds rollout.max_lora_rank = {max_rank}; raise that"
         )
-    vision = [
-        key for key in _safetensors_keys(folder / "adapter_model.safetensors") if ".visual." in key
-    ]
+    try:
+        keys = safetensors_keys(folder / "adapter_model.safetensors")
+    except ModelFilesError as error:
+        raise RolloutError(str(error)) from error
+    vision = [key for key in keys if ".visual." in key]
     if vision:
         raise RolloutError(
             f"{folder}: adapts the vision tower ({vision[0]}, {len(vision)} tensors), which "
@@ -243,61 +266,28 @@ def check_weights(model: str | Path, base: str | Path | None = None) -> list[Pat
     Raises ``RolloutError`` when there is none, or when a tensor of the model ``base`` is missing:
     an engine would go on with a mixture of old and new weights.
     """
-    folder = _local_folder(model)
-    files, names = _shards(folder)
-    if base is not None:
-        missing = sorted(_shards(_local_folder(base))[1] - names)
-        if missing:
-            raise RolloutError(
-                f"{folder}: {len(missing)} of the model's tensors are missing, the first is "
-                f"{missing[0]}; write the complete model there"
-            )
-    return files
-
-
-def _local_folder(model: str | Path) -> Path:
-    if Path(model).is_dir():
-        return Path(model)
-    from transformers.utils import cached_file
-
     try:
-        config = cached_file(str(model), "config.json", local_files_only=True)
-    except OSError:
-        config = None
-    if config is None:
-        raise RolloutError(f"{model}: no model folder, nor a model in the local hub cache")
-    return Path(config).parent
+        folder = local_folder(model)
+        found = tensor_files(folder)
+        if base is not None:
+            check_names(str(folder), found, base)
+    except ModelFilesError as error:
+        raise RolloutError(str(error)) from error
+    return list(dict.fromkeys(found.values()))
 
 
-def _shards(folder: Path) -> tuple[list[Path], set[str]]:
-    """Weight files of a model folder and the canonical names of the tensors in them."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in shards]
-    else:
-        files = [folder / "model.safetensors"]
-    names = {_canonical(key) for file in files for key in _safetensors_keys(file)}
+def check_names(source: str, names: Iterable[str], base: str | Path) -> None:
+    """Raise ``RolloutError`` naming a tensor of the model ``base`` that is not among ``names``."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RolloutError(f"{folder}: no readable config.json ({error})") from error
-    if config.get("tie_word_embeddings"):
-        names.discard("lm_head.weight")
-    return files, names
-
-
-def _canonical(name: str) -> str:
-    """One spelling for the tensor names of published checkpoints and of transformers 5."""
-    name = name.removeprefix("model.")
-    return name.removeprefix("language_model.").removeprefix("model.")
-
-
-def _safetensors_keys(file: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except (OSError, SafetensorError) as error:
-        raise RolloutError(f"{file}: cannot be read as safetensors ({error})") from error
+        folder = local_folder(base)
+        needed = {canonical(name) for name in tensor_files(folder)}
+        if read_config(folder).get("tie_word_embeddings"):
+            needed.discard("lm_head.weight")
+    except ModelFilesError as error:
+        raise RolloutError(str(error)) from error
+    missing = sorted(needed - {canonical(name) for name in names})
+    if missing:
+        raise RolloutError(
+            f"{source}: {len(missing)} of the model's tensors are missing, the first is "
+            f"{missing[0]}; write the complete model there"
+        )

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmedx_fast._env import default_device, prepare_environment
 from mmedx_fast.config import ModelConfig, RolloutConfig
+from mmedx_fast.model_files import canonical
 from mmedx_fast.prompts import PromptBuilder, Question
 from mmedx_fast.rollout.base import (
     BASE_VERSION,
@@ -21,6 +22,7 @@ from mmedx_fast.rollout.base import (
     RolloutError,
     Sampling,
     check_adapter,
+    check_names,
     check_requests,
     check_weights,
     cross,
@@ -293,6 +295,25 @@ class TransformersEngine:
         self._model = self._load(folder)
         self._folder = str(folder)
         self._adapter, self.version = None, BASE_VERSION
+
+    def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        import torch
+
+        self.load_adapter(None, BASE_VERSION)
+        own = {canonical(name): param for name, param in self._model.named_parameters()}
+        names: list[str] = []
+        with torch.no_grad():
+            for name, tensor in weights:
+                names.append(name)
+                param = own.get(canonical(name))
+                if param is None or param.shape != tensor.shape:
+                    raise RolloutError(
+                        f"the trainer's weights of version {version}: the engine's model has no "
+                        f"{name} of shape {tuple(tensor.shape)}; its weights are now a mixture"
+                    )
+                param.copy_(tensor)
+        check_names(f"the trainer's weights of version {version}", names, self._config.path)
+        self.version = version
 
     @property
     def _inner(self) -> Any:

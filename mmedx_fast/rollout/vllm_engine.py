@@ -7,12 +7,13 @@ import gc
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmedx_fast._env import default_device, prepare_environment
 from mmedx_fast.config import ModelConfig, RolloutConfig
+from mmedx_fast.model_files import local_folder, read_tensors, tensor_files
 from mmedx_fast.prompts import PromptBuilder, Question
 from mmedx_fast.rollout.base import (
     BASE_VERSION,
@@ -23,6 +24,7 @@ from mmedx_fast.rollout.base import (
     RolloutError,
     Sampling,
     check_adapter,
+    check_names,
     check_requests,
     check_weights,
     cross,
@@ -223,22 +225,31 @@ class VllmEngine:
         return request
 
     def load_weights(self, folder: str | Path) -> None:
-        from safetensors import safe_open
+        check_weights(folder, self._model_path)
+        self._reload(str(folder), read_tensors(tensor_files(local_folder(folder))))
 
-        files = check_weights(folder, self._model_path)
+    def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        names: list[str] = []
 
-        def tensors() -> Iterator[tuple[str, Any]]:
-            for file in files:
-                with safe_open(file, framework="pt") as opened:
-                    for key in opened.keys():
-                        yield key, opened.get_tensor(key)
+        def copies() -> Iterator[tuple[str, Any]]:
+            for name, tensor in weights:
+                names.append(name)
+                # vLLM keeps what it is given until a layer is complete.
+                yield name, tensor.detach().clone()
 
+        source = f"the trainer's weights of version {version}"
+        self._reload(source, copies())
+        check_names(source, names, self._model_path)
+        self.version = version
+
+    def _reload(self, source: str, weights: Iterator[tuple[str, Any]]) -> None:
+        """Serve `weights`, without an adapter."""
         self.load_adapter(None, BASE_VERSION)
         try:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors()})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         except Exception as error:
             raise RolloutError(
-                f"{folder}: vLLM cannot take these weights: {error}; its model is now in an "
+                f"{source}: vLLM cannot take these weights: {error}; its model is now in an "
                 "undefined state, load other weights or start a new engine"
             ) from error
         finally:

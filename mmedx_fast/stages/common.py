@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -30,20 +31,27 @@ def save_progress(
     cfg: Config,
     extra: Mapping[str, Any],
 ) -> None:
-    """Checkpoint after ``step`` updates: adapter, optimizer, schedule, generators, phase meter.
+    """Checkpoint after ``step`` updates: trained parameters, optimizer, schedule, generators, phase
+    meter.
 
     Every rank calls it, rank 0 writes.
     """
     from mmedx_fast import ranks
     from mmedx_fast.checkpoint import rng_state, save_checkpoint
 
-    tensors, meta = policy.state()
+    tensors, meta = policy.named_state()
     if not ranks.is_main():
+        for _ in tensors:  # each is gathered from all ranks
+            pass
         return
     rng_tensors, rng_meta = rng_state()
-    state = {f"policy/{name}": tensor for name, tensor in tensors.items()} | rng_tensors
+    state = itertools.chain(
+        ((f"policy/{name}", tensor) for name, tensor in tensors), rng_tensors.items()
+    )
     info = {"policy": meta, "rng": rng_meta, "meter": meter.to_dict(), "extra": dict(extra)}
-    save_checkpoint(stage.dir, step, state, info, keep=cfg.keep_checkpoints)
+    save_checkpoint(
+        stage.dir, step, state, info, cfg.keep_checkpoints, max_shard_size=cfg.gba.max_shard_size
+    )
 
 
 def load_progress(stage: Stage, policy: Policy) -> tuple[int, dict[str, Any], dict[str, Any]]:
@@ -54,8 +62,7 @@ def load_progress(stage: Stage, policy: Policy) -> tuple[int, dict[str, Any], di
     if found is None:
         return 0, {}, {}
     step, tensors, meta = found
-    own = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("policy/")}
-    policy.load_state(own, meta["policy"])
+    policy.load_state(tensors.under("policy/"), meta["policy"])
     set_rng_state(tensors, meta["rng"])
     return step, meta["meter"], meta["extra"]
 
@@ -181,7 +188,7 @@ def check_tree(policy: Policy, question: Question, guidelines: Sequence[str | No
 
 
 def take_over(stage: Stage, source: Path) -> None:
-    """Copy a finished stage's adapters and metrics from another run folder; rank 0 does it."""
+    """Copy a finished stage's adapters, model and metrics from another run folder; rank 0 does it."""
     from mmedx_fast import ranks
 
     ranks.main_only(lambda: _copy_stage(stage, source))
@@ -195,7 +202,7 @@ def _copy_stage(stage: Stage, source: Path) -> None:
         raise ConfigError(
             f"reuse = {source}: {theirs} holds no finished stage ({error}); finish that run first"
         ) from None
-    for name in ("start", "adapter"):
+    for name in ("start", "adapter", "model"):
         if (theirs / name).is_dir():
             with write_folder(stage.dir / name) as folder:
                 shutil.copytree(theirs / name, folder, dirs_exist_ok=True)
