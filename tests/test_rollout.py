@@ -21,6 +21,7 @@ import torch
 from mmedx_fast.config import DataConfig, ModelConfig, RolloutConfig
 from mmedx_fast.data.records import GUIDELINE_NAMES, ImageRef, Record
 from mmedx_fast.guidelines import GUIDELINES
+from mmedx_fast.model_files import canonical, tensor_files
 from mmedx_fast.prompts import PromptBuilder, PromptError, PromptTooLong, Question
 from mmedx_fast.rollout import (
     BASE_VERSION,
@@ -418,6 +419,38 @@ def test_full_weights_equal_hf_with_these_weights(world, either, tmp_path):
         assert tokens(again) == tokens(rollouts)
     finally:
         either.load_weights(world.folder)
+    assert tokens(either.generate(world.questions, ["analytic"], sampling)) == tokens(before)
+
+
+def test_trained_weights_are_served_from_memory(world, either):
+    trained = load_hf(world.folder)
+    peaky(trained, world.builder, seed=98)
+    names = {canonical(name): name for name in tensor_files(world.folder)}
+    live = {names[canonical(n)]: p.detach() for n, p in trained.named_parameters()}
+
+    def weights():
+        for name, tensor in live.items():
+            lent = tensor.clone()
+            yield name, lent
+            lent.fill_(torch.nan)  # ZeRO-3 takes a gathered weight back
+
+    sampling = Sampling(n=1, max_tokens=MAX_TOKENS, seed=2)
+    before = either.generate(world.questions, ["analytic"], sampling)
+    either.load_adapter(world.adapters["a"], 5)
+    try:
+        either.update_weights(weights(), 7)
+        assert either.version == 7
+        rollouts = either.generate(world.questions, ["analytic"], sampling)
+        for rollout in rollouts:
+            want = expected_logprobs(trained, world.questions[rollout.question], rollout, 1.0)
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), want, atol=1e-4, rtol=0)
+        assert all(a != b for a, b in zip(tokens(before), tokens(rollouts), strict=True))
+        part = [(name, tensor) for name, tensor in live.items() if "layers.0.mlp.up" not in name]
+        with pytest.raises(RolloutError, match="version 8: 1 of the model's tensors.*up_proj"):
+            either.update_weights(iter(part), 8)
+    finally:
+        either.load_weights(world.folder)
+    assert either.version == BASE_VERSION
     assert tokens(either.generate(world.questions, ["analytic"], sampling)) == tokens(before)
 
 

@@ -26,7 +26,7 @@ from mmedx_fast.stages import dsa, gba
 CASES = [("frozen", 1), ("trained", 2), ("frozen", 3), ("trained", 3)]
 """The vision tower, and the ZeRO stage."""
 TARGETS = {"frozen": LoraConfig().target_modules, "trained": r".*\.(qkv|q_proj|down_proj)"}
-FULL = [("frozen", 0), ("trained", 0), ("trained", 1), ("frozen", 2), ("frozen", 3), ("trained", 3)]
+FULL = [("trained", 0), ("trained", 1), ("frozen", 2), ("trained", 3)]
 """The same where all weights train."""
 KEY_BIAS = ("k_proj.bias", "qkv.bias")
 """Softmax ignores a shift of all keys: its gradient is rounding alone, and so is Adam's direction."""

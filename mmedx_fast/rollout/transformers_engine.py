@@ -77,7 +77,7 @@ class TransformersEngine:
         self._loads = 0
         self._adapter: str | None = None
         self._tally = [0, 0, 0, 0.0]
-        self._folder = model.path
+        self._folder: str | Path | None = model.path
         self._model: Any = self._load(model.path)
 
     def _load(self, folder: str | Path) -> Any:
@@ -266,6 +266,11 @@ class TransformersEngine:
 
         if not self._lora:
             raise RolloutError(f"{folder}: the engine was started without room for adapters")
+        if self._folder is None:  # what _recover would go back to
+            raise RolloutError(
+                f"{folder}: the engine holds a trainer's weights; load_weights of a folder before an "
+                "adapter"
+            )
         check_adapter(folder, self.max_lora_rank)
         self._loads += 1
         name = f"adapter-{self._loads}"
@@ -284,6 +289,7 @@ class TransformersEngine:
     def _recover(self, name: str) -> None:
         """Undo a failed load: back to the adapter before, or to bare weights."""
         if self._adapter is None:
+            assert self._folder is not None
             self._model = self._load(self._folder)
         else:
             self._model.set_adapter(self._adapter)
@@ -300,6 +306,7 @@ class TransformersEngine:
         import torch
 
         self.load_adapter(None, BASE_VERSION)
+        self._folder = None
         own = {canonical(name): param for name, param in self._model.named_parameters()}
         names: list[str] = []
         with torch.no_grad():

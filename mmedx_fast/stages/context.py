@@ -115,9 +115,15 @@ class Context:
         """
         engine = self.engine
         if self._weights != folder:
+            self._weights = None
             engine.load_weights(folder)
             self._weights = folder
         return engine
+
+    def serve_trained(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """The engine with a trainer's weights; no folder counts as loaded afterwards."""
+        self._weights = None
+        self.engine.update_weights(weights, version)
 
     @contextmanager
     def engine_asleep(self) -> Iterator[None]:

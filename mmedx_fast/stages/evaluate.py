@@ -23,7 +23,7 @@ from mmedx_fast.stages.caci import caci_stage, merged_model
 from mmedx_fast.stages.common import finish, is_done
 from mmedx_fast.stages.context import Context
 from mmedx_fast.stages.dsa import expert_adapter, expert_stage
-from mmedx_fast.stages.gba import gba_stage, rl_adapter
+from mmedx_fast.stages.gba import gba_stage, rl_model
 from mmedx_fast.stages.rollouts import image_findings
 from mmedx_fast.stats import macro_average, wilson_interval
 
@@ -84,15 +84,20 @@ def _evaluate(ctx: Context, stage: Stage, model: str) -> None:
 
 
 def serve(ctx: Context, model: str) -> None:
-    """Put a model into the engine."""
+    """Put a model into the engine. ``rl_start`` is an adapter on the base, whatever RL then trained."""
+    whole: Path | None = None
     if model == "merged":
-        ctx.serve_weights(merged_model(ctx)).load_adapter(None, BASE_VERSION)
+        whole = merged_model(ctx)
+    elif model == "rl" and ctx.cfg.gba.finetuning_type == "full":
+        whole = rl_model(ctx)
+    if whole is not None:
+        ctx.serve_weights(whole).load_adapter(None, BASE_VERSION)
         return
     adapter: Path | None = None
     if model in ctx.cfg.dsa.specialties:
         adapter = expert_adapter(ctx, model)
     elif model == "rl":
-        adapter = rl_adapter(ctx)
+        adapter = rl_model(ctx)
     elif model == "rl_start":
         start = gba_stage(ctx).dir / "start"
         adapter = {"base": None, "experts_mean": start}.get(ctx.cfg.gba.start, start)

@@ -1,8 +1,9 @@
 """GBA: each question is answered under four clinical reasoning guidelines; rewards become advantages
 relative to the question and to the guideline, and the policy is updated on packed trees of rollouts.
 
-One step: rollouts -> rewards -> advantages -> one update (or ``num_iterations``) -> the new adapter goes to
-the engine. The base weights are never written; their checksum is compared at the end.
+One step: rollouts -> rewards -> advantages -> one update (or ``num_iterations``) -> the new adapter, or with
+``finetuning_type: full`` all weights, go to the engine. Frozen weights are never written; their checksum is
+compared at the end.
 """
 
 from __future__ import annotations
@@ -76,12 +77,15 @@ def gba_stage(ctx: Context) -> Stage:
     return ctx.run.stage("gba", ctx.cfg.fingerprint(*sections))
 
 
-def rl_adapter(ctx: Context) -> Path:
-    """The RL adapter's folder. Raises StageError when GBA has not finished."""
+def rl_model(ctx: Context) -> Path:
+    """The RL model's folder: an adapter, or a whole model where ``gba.finetuning_type`` is full.
+
+    Raises StageError when GBA has not finished.
+    """
     stage = gba_stage(ctx)
     if not stage.done():
-        raise StageError(f"there is no finished RL adapter in {stage.dir}; run mmedx gba first")
-    return stage.dir / "adapter"
+        raise StageError(f"there is no finished RL model in {stage.dir}; run mmedx gba first")
+    return stage.dir / ("model" if ctx.cfg.gba.finetuning_type == "full" else "adapter")
 
 
 def start_adapter(ctx: Context, stage: Stage) -> Path | None:
@@ -106,7 +110,7 @@ def start_adapter(ctx: Context, stage: Stage) -> Path | None:
 
 
 def run_gba(ctx: Context) -> dict[str, Any]:
-    """Train the RL adapter if it is not done yet; returns the stage's result."""
+    """Train the RL model if it is not done yet; returns the stage's result."""
     stage = gba_stage(ctx)
     if not is_done(stage):
         if ctx.cfg.gba.reuse is not None:
@@ -125,6 +129,7 @@ class _Trainer:
 
         self.ctx, self.stage, self.cfg = ctx, stage, ctx.cfg
         self.gba = ctx.cfg.gba
+        self.full = self.gba.finetuning_type == "full"
         self.questions = ctx.questions("train")
         self.rewards = RewardRunner([(r.name, r.weight, dict(r.kwargs)) for r in self.gba.rewards])
         self.spec = _loss_spec(ctx)
@@ -134,6 +139,8 @@ class _Trainer:
             ctx.model_path,
             model=ctx.model,
             lora=self.cfg.lora,
+            finetuning_type=self.gba.finetuning_type,
+            freeze_vision_tower=self.gba.freeze_vision_tower,
             adapter=start,
             reference=self.gba.loss.beta > 0,
             optimizer=self.gba.optimizer,
@@ -221,8 +228,12 @@ class _Trainer:
         return rollouts
 
     def sync(self, step: int) -> None:
-        """Serve the current adapter from now on; the one before is deleted."""
+        """Serve the current adapter from now on (the one before is deleted), or the current weights."""
         with self.meter.phase("sync"):
+            if self.full:
+                self.ctx.engine.wake()
+                self.ctx.serve_trained(self.policy.weights(), version=step)
+                return
             folder = self.stage.dir / "sync" / f"step-{step:06d}"
             self.policy.save_adapter(folder)
             ranks.barrier()
@@ -421,9 +432,12 @@ class _Trainer:
 
         if self.policy.base_checksum() != checksum:
             raise StageError(
-                "the trainer's base weights changed during RL; its adapter is not valid"
+                "the trainer's frozen weights changed during RL; its model is not valid"
             )
-        self.policy.save_adapter(self.stage.dir / "adapter")
+        if self.full:
+            self.policy.save_model(self.stage.dir / "model", self.gba.max_shard_size)
+        else:
+            self.policy.save_adapter(self.stage.dir / "adapter")
         if ranks.is_main():
             shutil.rmtree(self.stage.dir / "sync", ignore_errors=True)
         rows = read_metrics(self.stage.dir / "metrics.jsonl")
