@@ -187,9 +187,9 @@ def _gba(options: argparse.Namespace) -> int:
         return run_gba(ctx)
 
     def show(ctx: Context, result: dict[str, Any]) -> None:
-        from mmedx_fast.stages.gba import gba_stage
+        from mmedx_fast.stages.gba import rl_model
 
-        print(f"reward {result['reward']:.4f}, {gba_stage(ctx).dir / 'adapter'}")
+        print(f"reward {result['reward']:.4f}, {rl_model(ctx)}")
 
     return _in_context(options, work, show)
 

@@ -318,6 +318,13 @@ class Config(Section):
                 "gba.finetuning_type = full would have to hold a second time: set gba.loss.beta=0, or "
                 "gba.finetuning_type=lora, whose reference is the frozen starting adapter"
             )
+        whole_model = self.caci.method == "ties" and self.caci.trim_scope == "global"
+        if self.gba.finetuning_type == "full" and whole_model:
+            raise ValueError(
+                "caci.trim_scope = global ranks the changes of the whole model together, and "
+                "gba.finetuning_type = full merges them one matrix at a time: set "
+                "caci.trim_scope=tensor"
+            )
         if self.lora.r > self.rollout.max_lora_rank:
             raise ValueError(
                 f"lora.r = {self.lora.r} exceeds rollout.max_lora_rank = {self.rollout.max_lora_rank}"

@@ -192,7 +192,7 @@ def reference_steps(policy, steps):
         for row in rows:
             row = policy.with_image_features(row)
 
-            def head(hidden, weight, row=row):
+            def head(hidden, weight, row=row, total=total):
                 logp, _ = linear_logprob(hidden, weight, row.targets, return_entropy=False)
                 return -(logp / total).sum()
 

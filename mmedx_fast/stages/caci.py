@@ -1,5 +1,6 @@
 """CACI: the experts and the RL model become one model. Conflicts are measured first, then the task vectors
-are merged with TIES (or DARE, or linearly) straight from their LoRA factors into a copy of the base.
+are merged with TIES (or DARE, or linearly) straight from their LoRA factors into a copy of the base. An RL
+model that was trained in full takes part with all it changed (:mod:`.caci_full`).
 
 Where the configuration gives several strengths (density, scale, weight of the RL model), each candidate is
 written, asked the validation questions, and the best one is kept; the test set plays no part in it.
@@ -21,12 +22,13 @@ from mmedx_fast.run_folder import Stage, write_folder, write_json
 from mmedx_fast.stages.common import finish, is_done
 from mmedx_fast.stages.context import Context, StageError
 from mmedx_fast.stages.dsa import expert_adapter
-from mmedx_fast.stages.gba import gba_stage, rl_adapter
+from mmedx_fast.stages.gba import gba_stage, rl_model
 
 if TYPE_CHECKING:
     import torch
 
     from mmedx_fast.ops import LoraFactors, MergeSpec
+    from mmedx_fast.stages.caci_full import FullTaskVector
 
 LOG = logging.getLogger(__name__)
 Factors = dict[str, "list[LoraFactors | None]"]
@@ -49,7 +51,7 @@ def merged_model(ctx: Context) -> Path:
 def merge_sources(ctx: Context) -> dict[str, Path]:
     """What is merged: the experts by specialty, then ``rl``."""
     sources = {name: expert_adapter(ctx, name) for name in ctx.cfg.dsa.specialties}
-    return sources | {"rl": rl_adapter(ctx)}
+    return sources | {"rl": rl_model(ctx)}
 
 
 def candidates(caci: CaciConfig, experts: int) -> list[MergeSpec]:
@@ -86,11 +88,16 @@ def _conflicts(ctx: Context) -> dict[str, Any]:
     from mmedx_fast.ops import model_conflicts
 
     sources = merge_sources(ctx)
-    factors = _read(sources)
+    factors = _read(ctx, sources)
     spec = candidates(ctx.cfg.caci, len(sources))[0]
-    with ctx.engine_asleep(), progress(len(factors), "Conflicts", unit="linear") as bar:
-        factors = _moved(factors, merge_device(_factor_bytes(factors)))
-        report = model_conflicts(factors, spec, on_linear=lambda *_: bar.update(1))
+    linears = factors if isinstance(factors, dict) else factors.experts
+    with ctx.engine_asleep(), progress(len(linears), "Conflicts", unit="linear") as bar:
+        device = merge_device(_factor_bytes(factors))
+        if isinstance(factors, dict):
+            factors = _moved(factors, device)
+            report = model_conflicts(factors, spec, on_linear=lambda *_: bar.update(1))
+        else:
+            report = factors.conflicts(spec, device, lambda *_: bar.update(1))
     return {
         "experts": list(sources),
         "spec": describe(spec),
@@ -114,7 +121,7 @@ def run_caci(ctx: Context) -> dict[str, Any]:
     with meter.phase("conflicts"):
         conflicts = run_conflicts(ctx)
     sources = merge_sources(ctx)
-    factors = _read(sources) if ranks.is_main() else {}
+    factors = _read(ctx, sources) if ranks.is_main() else {}
     specs = candidates(ctx.cfg.caci, len(sources))
     tried: list[dict[str, Any]] = []
     best = 0
@@ -142,14 +149,18 @@ def run_caci(ctx: Context) -> dict[str, Any]:
     return stage.result()
 
 
-def _write_best(ctx: Context, stage: Stage, factors: Factors, spec: MergeSpec) -> None:
+def _write_best(
+    ctx: Context, stage: Stage, factors: Factors | FullTaskVector, spec: MergeSpec
+) -> None:
     with write_folder(stage.dir / "merged") as folder:
         report = write_merged(ctx, factors, spec, folder)
     shutil.rmtree(stage.dir / "candidates", ignore_errors=True)
     write_json(stage.dir / "merge.json", report)
 
 
-def write_merged(ctx: Context, factors: Factors, spec: MergeSpec, folder: Path) -> dict[str, Any]:
+def write_merged(
+    ctx: Context, factors: Factors | FullTaskVector, spec: MergeSpec, folder: Path
+) -> dict[str, Any]:
     """Merge into a fresh copy of the base and save a complete model folder (weights, processor)."""
     import torch
     from transformers import AutoModelForImageTextToText
@@ -171,7 +182,10 @@ def write_merged(ctx: Context, factors: Factors, spec: MergeSpec, folder: Path) 
             if param.dim() == 2 and name.endswith(".weight")
         }
         with torch.no_grad():
-            report = merge_model_(weights, factors, spec)
+            if isinstance(factors, dict):
+                report = merge_model_(weights, factors, spec)
+            else:
+                report = factors.merge_(model, spec)
         model.to("cpu")
     model.save_pretrained(folder)
     ctx.builder.processor.save_pretrained(folder)
@@ -195,7 +209,9 @@ def merge_device(needed: int) -> torch.device:
     return torch.device("cuda")
 
 
-def _factor_bytes(factors: Factors) -> int:
+def _factor_bytes(factors: Factors | FullTaskVector) -> int:
+    if not isinstance(factors, dict):
+        return factors.nbytes
     pairs = [f for experts in factors.values() for f in experts if f is not None]
     return sum(x.numel() * x.element_size() for f in pairs for x in (f.A, f.B))
 
@@ -222,7 +238,12 @@ def describe(spec: MergeSpec) -> dict[str, Any]:
 
 
 def _try(
-    ctx: Context, stage: Stage, number: int, spec: MergeSpec, factors: Factors, meter: Any
+    ctx: Context,
+    stage: Stage,
+    number: int,
+    spec: MergeSpec,
+    factors: Factors | FullTaskVector,
+    meter: Any,
 ) -> dict[str, Any]:
     """Validation accuracy of one candidate; a finished one is not tried again."""
     from mmedx_fast.stages.evaluate import ask
@@ -261,11 +282,19 @@ def _selection(ctx: Context) -> list[Any]:
     return spread[: ctx.cfg.caci.selection_limit]
 
 
-def _read(sources: dict[str, Path]) -> Factors:
+def _read(ctx: Context, sources: dict[str, Path]) -> Factors | FullTaskVector:
+    import torch
+
     from mmedx_fast.stages.adapters import base_notes, by_linear, load_factors
+    from mmedx_fast.stages.caci_full import FullTaskVector
 
     base_notes(sources)
-    return by_linear({name: load_factors(path) for name, path in sources.items()})
+    if ctx.cfg.gba.finetuning_type == "lora":
+        return by_linear({name: load_factors(path) for name, path in sources.items()})
+    *experts, rl = sources
+    factors = by_linear({name: load_factors(sources[name]) for name in experts})
+    dtype = getattr(torch, ctx.cfg.model.dtype)
+    return FullTaskVector(factors, len(experts), sources[rl], ctx.model_path, dtype)
 
 
 def _short(linear: str) -> str:
