@@ -12,11 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._lora_types import Experts
+from ._lora_types import Experts, LoraFactors
 
 # A Gram matrix in f64 resolves singular values down to about 1e-8 of the largest.
 _RESOLVED = 1e-6
 _BLOCK = 1 << 18  # bytes of the block of converted factors
+# Beyond this rank (a whole delta as factors) experts are not padded to one rank: their Gram matrices would
+# be mostly zeros, and eigenvectors of all of them take minutes.
+_PADDED = 1024
 
 
 def interference(experts: Experts) -> Tensor:
@@ -30,6 +33,16 @@ def interference(experts: Experts) -> Tensor:
     factors = [f for f in experts if f is not None]
     device, dtype = factors[0].A.device, torch.float64
     rank = max(f.rank for f in factors)
+    found = _pairwise(factors) if rank > _PADDED else _padded(factors, rank)
+    whole = torch.zeros((3, len(experts), len(experts)), dtype=dtype, device=device)
+    at = torch.tensor(given, device=device)
+    whole[:, at[:, None], at] = found
+    return whole
+
+
+def _padded(factors: Sequence[LoraFactors], rank: int) -> Tensor:
+    """[3, F, F] f64 of ``interference``, all factors padded to one rank: few and large products."""
+    device, dtype = factors[0].A.device, torch.float64
     outputs = _gram([f.B for f in factors], rank)
     inputs = _gram([f.A.t() for f in factors], rank)
     scale = torch.tensor([f.scale for f in factors], dtype=dtype, device=device)
@@ -41,10 +54,49 @@ def interference(experts: Experts) -> Tensor:
         found[1, i, : i + 1] = _overlap(outputs[i], left, i) / least
         found[2, i, : i + 1] = _overlap(inputs[i], right, i) / least
     found += found.tril(-1).transpose(1, 2)
-    whole = torch.zeros((3, len(experts), len(experts)), dtype=dtype, device=device)
-    at = torch.tensor(given, device=device)
-    whole[:, at[:, None], at] = found
-    return whole
+    return found
+
+
+def _pairwise(factors: Sequence[LoraFactors]) -> Tensor:
+    """[3, F, F] f64 of ``interference``, pair by pair, every factor at its own rank."""
+    count = len(factors)
+    found = torch.zeros((3, count, count), dtype=torch.float64, device=factors[0].A.device)
+    bases = [_basis(_cross(f.B, f.B), _cross(f.A.t(), f.A.t()), f.scale) for f in factors]
+    for i, f in enumerate(factors):
+        for j, g in enumerate(factors[: i + 1]):
+            output, input = _cross(g.B, f.B), _cross(g.A.t(), f.A.t())
+            found[0, i, j] = (output * input).sum() * f.scale * g.scale
+            least = max(1, min(bases[i][2], bases[j][2]))
+            found[1, i, j] = (bases[j][0].t() @ (output @ bases[i][0])).square().sum() / least
+            found[2, i, j] = (bases[j][1].t() @ (input @ bases[i][1])).square().sum() / least
+    found += found.tril(-1).transpose(1, 2)
+    return found
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    """[r, s] f64 product X^T Y of X [n, r], Y [n, s], block by block."""
+    rows = max(1, (_BLOCK << 8) // (8 * (x.shape[1] + y.shape[1])))
+    total = torch.zeros((x.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
+    for start in range(0, x.shape[0], rows):
+        of = slice(start, start + rows)
+        total.addmm_(x.detach()[of].double().t(), y.detach()[of].double())
+    return total
+
+
+def _basis(b: Tensor, a: Tensor, scale: float) -> tuple[Tensor, Tensor, int]:
+    """``_bases`` of one expert: M, N [r, rank] and the delta's rank. Of an identity the eigenvectors are
+    known."""
+    identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    values, vectors = (a.diagonal(), identity) if torch.equal(a, identity) else torch.linalg.eigh(a)
+    root = vectors * values.clamp(min=0).sqrt()
+    if torch.equal(b, identity):
+        squares, turn = values.clamp(min=0), identity
+    else:
+        squares, turn = torch.linalg.eigh(root.t() @ b @ root)
+    real = (squares > squares[-1].clamp(min=0) * _RESOLVED**2) & (scale != 0)
+    inverse = squares[real].rsqrt()
+    left = (root @ turn)[:, real] * inverse
+    return left, b @ left * inverse, int(real.sum())
 
 
 def _gram(matrices: Sequence[Tensor], rank: int) -> list[Tensor]:

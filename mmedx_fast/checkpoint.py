@@ -93,10 +93,13 @@ def save_checkpoint(
         raise ValueError(
             f"meta of the checkpoint at step {step} cannot be written as JSON: {error}"
         ) from None
-    nbytes, pairs = None, tensors
+    nbytes: int | None = None
+    pairs: Iterable[tuple[str, Tensor]]
     if isinstance(tensors, Mapping):
         pairs = tensors.items()
         nbytes = sum(t.numel() * t.element_size() for t in tensors.values()) + len(text)
+    else:
+        pairs = tensors
     target = Path(stage_dir) / "checkpoints" / f"step-{step:06d}"
     with write_folder(target, nbytes) as folder:
         writer = ShardWriter(folder, "state", max_shard_size)

@@ -143,7 +143,7 @@ class ShardWriter:
         if self._held or not self._shards:
             self._flush()
         count = len(self._shards)
-        where = {}
+        where: dict[str, str] = {}
         for number, keys in enumerate(self._shards, 1):
             part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
             file = f"{self.stem}{part}.safetensors"

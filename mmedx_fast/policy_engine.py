@@ -279,7 +279,7 @@ class Engine:
         """Whole float32 parameters on the CPU, copied, gathered block by block. Every rank must go
         through all of them."""
         for block in by_block(self.params):
-            yield from [(name, self._value(param)) for name, param in block.items()]
+            yield from self._values(block)
 
     def values(self) -> dict[str, Tensor]:
         """:meth:`named_values`, all at once."""
@@ -301,20 +301,27 @@ class Engine:
 
     def _state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for block in by_block(self.params):
+            for name, value in self._values(block):
+                yield f"param/{name}", value
             for name, param in block.items():
-                yield f"param/{name}", self._value(param)
                 for moment in _MOMENTS:
                     value = self._moment(param, moment)
                     yield f"{moment}/{name}", value.to("cpu", torch.float32, copy=True)
 
-    def _value(self, param: nn.Parameter) -> Tensor:
+    def _values(self, block: Mapping[str, nn.Parameter]) -> list[tuple[str, Tensor]]:
         if self._mastered:
-            from deepspeed.utils import safe_get_full_fp32_param
+            return [(name, self._master(param)) for name, param in block.items()]
+        with gathered(list(block.values())):
+            return [
+                (name, param.detach().to("cpu", torch.float32, copy=True))
+                for name, param in block.items()
+            ]
 
-            whole = safe_get_full_fp32_param(param).detach().reshape(self._shape(param))
-            return whole.to("cpu", torch.float32, copy=True)
-        with gathered([param]):
-            return param.detach().to("cpu", torch.float32, copy=True)
+    def _master(self, param: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole = safe_get_full_fp32_param(param).detach().reshape(self._shape(param))
+        return whole.to("cpu", torch.float32, copy=True)
 
     def _moment(self, param: nn.Parameter, moment: str) -> Tensor:
         if self.stage == 0:

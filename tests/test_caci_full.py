@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmedx_fast.config import ConfigError, load_config
-from mmedx_fast.ops import LoraFactors, MergeSpec, lora_conflicts, model_conflicts
+from mmedx_fast.ops import LoraFactors, MergeSpec, lora_conflicts, lora_merge_, model_conflicts
 from mmedx_fast.stages.caci_full import FullTaskVector, as_matrix, full_rank_factors
 from mmedx_fast.stages.context import StageError
 
@@ -107,8 +107,6 @@ def test_the_merge_is_peft_s_ties_on_whole_changes(world, density):
 @pytest.mark.parametrize("method", ["linear", "dare_linear", "dare_ties"])
 def test_other_methods_merge_whole_changes_too(world, method):
     """Against the merge of each matrix by itself from the changes' singular vectors."""
-    from mmedx_fast.ops import lora_merge_
-
     spec = MergeSpec(method=method, density=0.5, weights=WEIGHTS, seed=3)
     merged, base, rl = (load(world / name) for name in ("base", "base", "rl"))
     task_vector(world).merge_(merged, spec)
@@ -151,6 +149,21 @@ def test_full_rank_factors_are_the_delta(shape):
     factors = full_rank_factors(delta)
     assert factors.rank == min(shape) and torch.equal(factors.delta(), delta)
     lora_conflicts([factors, None], MergeSpec())
+
+
+@pytest.mark.parametrize("shape", [(70, 100), (100, 70)], ids=str)
+def test_both_implementations_take_such_ranks(implementation, shape):
+    from peft.utils.merge_utils import ties
+
+    generator = torch.Generator().manual_seed(1)
+    delta = torch.randn(shape, generator=generator)
+    low = LoraFactors(
+        torch.randn(4, shape[1], generator=generator), torch.randn(shape[0], 4, generator=generator)
+    )
+    base = torch.zeros(shape)
+    lora_merge_(base, [low, full_rank_factors(delta)], MergeSpec(density=0.4))
+    wanted = ties([low.delta(), delta], torch.ones(2), 0.4)
+    torch.testing.assert_close(base, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_vectors_and_convolutions_are_matrices_in_place():

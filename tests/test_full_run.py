@@ -33,7 +33,8 @@ FULL = [
     "caci.rl_weight=[1.0, 2.0]",
     "caci.selection_limit=8",
     "eval.models=[rl_start, rl, merged]",
-    "data.limit=12",
+    "phantom.train=24",
+    "phantom.test=20",
 ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmedx_fast.kernels import _lora_trim
+from mmedx_fast.kernels import _lora_gram, _lora_trim
 from mmedx_fast.kernels.lora_merge import (
     LoraFactors,
     MergeSpec,
@@ -46,6 +46,12 @@ def factors(ranks=(4, 2, 8, 4, 1), out=OUT, width=IN, seed=0, dtype=torch.float3
 
 def dense(experts, dtype=torch.float32):
     return [torch.zeros(OUT, IN) if f is None else f.delta(dtype=dtype).float() for f in experts]
+
+
+def whole_delta(left):
+    """Factors of full rank; the left or the right one is the identity."""
+    delta = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(4))
+    return LoraFactors(delta, torch.eye(OUT)) if left else LoraFactors(torch.eye(IN), delta)
 
 
 def merged(experts, spec, **options):
@@ -245,8 +251,13 @@ def test_random_dropping_is_keyed_and_fair() -> None:
     assert not torch.equal(merged(experts, spec, layer="a"), merged(experts, spec, layer="b"))
 
 
-def test_report_equals_dense_statistics(implementation) -> None:
+@pytest.mark.parametrize("kind", ["low rank", "pair by pair", "whole B = I", "whole A = I"])
+def test_report_equals_dense_statistics(implementation, monkeypatch, kind) -> None:
     experts = factors(missing=(3,))
+    if kind != "low rank":
+        monkeypatch.setattr(_lora_gram, "_PADDED", 0)
+    if kind.startswith("whole"):
+        experts[2] = whole_delta(kind == "whole B = I")
     density = 0.4
     report = lora_conflicts(experts, MergeSpec(density=density), tile=700)
     full = torch.stack(dense(experts)).double()
@@ -286,8 +297,8 @@ def test_report_equals_dense_statistics(implementation) -> None:
             assert report.pair_conflict_rate[i, j].item() == pytest.approx(rate)
     for side, of in (("output", full), ("input", full.transpose(1, 2))):
         for i, j in ((0, 1), (0, 0), (2, 4)):
-            ranks = [experts[e].rank for e in (i, j)]
-            u, v = (torch.linalg.svd(of[e])[0][:, : experts[e].rank] for e in (i, j))
+            ranks = [min(experts[e].rank, OUT) for e in (i, j)]
+            u, v = (torch.linalg.svd(of[e])[0][:, :r] for e, r in zip((i, j), ranks, strict=True))
             want = float((u.t() @ v).square().sum()) / min(ranks)
             assert report.subspace_overlap(side)[i, j].item() == pytest.approx(want, abs=1e-5)
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
