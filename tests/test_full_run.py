@@ -20,6 +20,7 @@ _spec.loader.exec_module(pipeline)
 FULL = [
     "gba.finetuning_type=full",
     "gba.loss.beta=0",
+    "rollout.temperature=2.0",
     "gba.start=pediatrics",
     "gba.steps=3",
     "gba.questions_per_step=2",
@@ -130,3 +131,10 @@ def test_a_reference_pass_is_refused_at_once(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "gba.loss.beta = 0.1" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_of_another_kind_is_not_reused(unbroken: Path, tmp_path: Path) -> None:
+    more = ["gba.finetuning_type=lora", f"gba.reuse={unbroken}", "gba.start=base"]
+    done = pipeline.run("gba", tmp_path / "run", *more)
+    assert done.returncode == 2
+    assert "holds no adapter" in done.stderr and "gba.finetuning_type" in done.stderr

@@ -187,14 +187,15 @@ def check_tree(policy: Policy, question: Question, guidelines: Sequence[str | No
     policy.verify_tree(Tree(branches, question.pixel_values, question.image_grid_thw, question.id))
 
 
-def take_over(stage: Stage, source: Path) -> None:
-    """Copy a finished stage's adapters, model and metrics from another run folder; rank 0 does it."""
+def take_over(stage: Stage, source: Path, made: str = "adapter") -> None:
+    """Copy a finished stage from another run folder: what it ``made``, its start, its metrics; rank 0
+    does it."""
     from mmedx_fast import ranks
 
-    ranks.main_only(lambda: _copy_stage(stage, source))
+    ranks.main_only(lambda: _copy_stage(stage, source, made))
 
 
-def _copy_stage(stage: Stage, source: Path) -> None:
+def _copy_stage(stage: Stage, source: Path, made: str) -> None:
     theirs = source / stage.name
     try:
         result = json.loads((theirs / "done.json").read_text(encoding="utf-8"))["result"]
@@ -202,7 +203,11 @@ def _copy_stage(stage: Stage, source: Path) -> None:
         raise ConfigError(
             f"reuse = {source}: {theirs} holds no finished stage ({error}); finish that run first"
         ) from None
-    for name in ("start", "adapter", "model"):
+    if not (theirs / made).is_dir():
+        raise ConfigError(
+            f"reuse = {source}: {theirs} holds no {made}; that run had another gba.finetuning_type"
+        )
+    for name in ("start", made):
         if (theirs / name).is_dir():
             with write_folder(stage.dir / name) as folder:
                 shutil.copytree(theirs / name, folder, dirs_exist_ok=True)

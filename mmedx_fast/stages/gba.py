@@ -85,7 +85,12 @@ def rl_model(ctx: Context) -> Path:
     stage = gba_stage(ctx)
     if not stage.done():
         raise StageError(f"there is no finished RL model in {stage.dir}; run mmedx gba first")
-    return stage.dir / ("model" if ctx.cfg.gba.finetuning_type == "full" else "adapter")
+    return stage.dir / _made(ctx)
+
+
+def _made(ctx: Context) -> str:
+    """The name of the folder that the stage's result is in."""
+    return "model" if ctx.cfg.gba.finetuning_type == "full" else "adapter"
 
 
 def start_adapter(ctx: Context, stage: Stage) -> Path | None:
@@ -114,7 +119,7 @@ def run_gba(ctx: Context) -> dict[str, Any]:
     stage = gba_stage(ctx)
     if not is_done(stage):
         if ctx.cfg.gba.reuse is not None:
-            take_over(stage, Path(ctx.cfg.gba.reuse))
+            take_over(stage, Path(ctx.cfg.gba.reuse), _made(ctx))
         else:
             _Trainer(ctx, stage).run()
     return stage.result()
