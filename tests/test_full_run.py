@@ -17,6 +17,7 @@ assert _spec is not None and _spec.loader is not None
 pipeline = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(pipeline)
 
+pytestmark = pytest.mark.slow
 FULL = [
     "gba.finetuning_type=full",
     "gba.loss.beta=0",
