@@ -94,10 +94,13 @@ class RolloutEngine(Protocol):
     Sampled tokens depend on ``Sampling.seed``, question id, guideline and sample number, not on
     which other requests are in the batch or on their order, up to rounding: another batch shape
     moves a logit by about 1e-6 (float32), which changes a token only where two candidates tie to
-    that precision.
+    that precision. An engine in this process batches the same requests the same way every time; a
+    server batches them as they arrive.
     """
 
     name: str
+    shared: bool
+    """Whether rank 0's engine makes the rollouts of all ranks; else each rank's makes its share."""
     version: int
     """Version of the loaded adapter, ``BASE_VERSION`` without one."""
 
@@ -131,6 +134,11 @@ class RolloutEngine(Protocol):
     def load_weights(self, folder: str | Path) -> None:
         """Serve the full weights (safetensors) of an HF model folder from now on, without an
         adapter."""
+        ...
+
+    def interrupt(self) -> None:
+        """Make a ``generate`` that runs in another thread raise soon; engines in this process,
+        which are used from one thread, do nothing."""
         ...
 
     def sleep(self) -> None:

@@ -48,6 +48,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    shared = False
 
     def __init__(
         self,
@@ -299,6 +300,9 @@ class TransformersEngine:
         """The Qwen-VL model below the head and PEFT's wrapper."""
         model = self._model.get_base_model() if self._adapter is not None else self._model
         return model.model
+
+    def interrupt(self) -> None:
+        pass
 
     def sleep(self) -> None:
         if self._sleeps:

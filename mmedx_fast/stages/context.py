@@ -104,6 +104,7 @@ class Context:
                 max_model_len=self.cfg.data.max_prompt_length + longest,
                 max_images=self.max_images,
                 seed=self.cfg.seed,
+                log=self.run.path / "server.log",
             )
             self._weights = self.model_path
         return self._engine
