@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,26 @@ def test_settings_that_do_not_go_together_are_refused(override: list[str], messa
 def test_settings_that_do() -> None:
     cfg = load_config(DEMO, [SERVER, "rollout.async_steps=1", "rollout.server_urls=[http://a:1/]"])
     assert cfg.rollout.server_urls == ("http://a:1",)
+
+
+def test_with_a_server_rank_0_asks_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmedx_fast import ranks
+    from mmedx_fast.rollout import RolloutError, Sampling
+    from mmedx_fast.rollout.server_follower import ServerFollower
+    from mmedx_fast.stages.rollouts import own_share
+
+    follower = ServerFollower()
+    alone = SimpleNamespace(shared=False)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "world_size", lambda: 3)
+        shares.append((list(own_share(follower, 5)), list(own_share(alone, 5))))
+    assert shares == [([0, 1, 2, 3, 4], [0, 3]), ([], [1, 4]), ([], [2])]
+    follower.load_adapter("anywhere", 7)
+    assert follower.version == 7 and follower.generate([], ["bayesian"], Sampling()) == []
+    with pytest.raises(RolloutError, match="rank 0"):
+        follower.generate(QUESTIONS, [None], Sampling())
 
 
 @pytest.fixture(scope="module")

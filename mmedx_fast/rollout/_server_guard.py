@@ -11,7 +11,7 @@ import sys
 import time
 
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 15
+GRACE_SECONDS = 10
 
 
 def main() -> None:

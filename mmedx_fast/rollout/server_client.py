@@ -50,6 +50,11 @@ class ServerClient:
         config: dict[str, Any] = found["vllm_config"]
         return config
 
+    def takes_tokens(self) -> bool:
+        """Whether it has the endpoint that takes and gives token ids."""
+        reply = self._http.post(f"{self.url}/inference/v1/generate", json={}, headers=self.headers)
+        return reply.status_code != 404
+
     def load_adapter(self, name: str, folder: Path) -> None:
         try:
             body = {"lora_name": name, "lora_path": str(folder)}

@@ -41,6 +41,8 @@ from mmedx_fast.rollout.server_process import ServerProcess, by_hand
 from mmedx_fast.rollout.server_requests import Asker, RequestError
 from mmedx_fast.rollout.vllm_options import engine_options
 
+_CONNECT_SECONDS = 30.0
+
 
 class ServerEngine:
     """vLLM servers behind :class:`mmedx_fast.rollout.base.RolloutEngine`.
@@ -125,20 +127,20 @@ class ServerEngine:
         self._counters = self._read_counters()
 
     def _wait_for(self, server: ServerClient) -> None:
-        until = time.monotonic() + self._timeout
+        """Until it is ready; one that somebody else started should be already."""
+        patience = min(self._timeout, self._timeout if self._process else _CONNECT_SECONDS)
+        until = time.monotonic() + patience
         while not server.healthy():
             if self._process is not None:
                 self._process.check()
-            elif time.monotonic() > until - self._timeout + min(30, self._timeout):
-                raise RolloutError(
-                    f"the rollout server {server.url} does not answer; see that it runs and that "
-                    f"rollout.server_urls is right. To start one:\n{self._command}"
-                )
             if time.monotonic() > until:
-                words = self._process.last_words() if self._process else ""
+                help = (
+                    f"raise rollout.server_timeout if it is only slow; {self._process.last_words()}"
+                    if self._process
+                    else f"see that rollout.server_urls is right. To start one:\n{self._command}"
+                )
                 raise RolloutError(
-                    f"the rollout server {server.url} is not ready after {self._timeout:.0f} s "
-                    f"(rollout.server_timeout); {words}"
+                    f"the rollout server {server.url} does not answer for {patience:.0f} s; {help}"
                 )
             time.sleep(0.2)
 
@@ -159,6 +161,8 @@ class ServerEngine:
             max_images=self.max_images,
             lora_rank=rollout.max_lora_rank if self._lora else 0,
         )
+        if not server.takes_tokens():
+            problems.append("neither --enable-scale-out nor --tokens-only, needed the first")
         if problems:
             raise RolloutError(
                 f"the rollout server {server.url} was started with {'; '.join(problems)}. "
@@ -255,12 +259,12 @@ class ServerEngine:
         status = error.cause.status
         if status == 0 and self._process is not None:
             return RolloutError(f"{error.cause}; {self._process.last_words()}")
-        if status == 404 and self._adapter is not None:
+        if status == 404:
             return RolloutError(
-                f"{error.cause}; it has lost the trainer's adapter, or runs without "
-                "--enable-scale-out: was it restarted? Start this run again to go on"
+                f"{error.cause}; it has lost the trainer's adapter: was it restarted? Start this run "
+                "again to go on"
             )
-        if 400 <= status < 500:
+        if status >= 400:
             return RolloutError(f"question {question.id!r}: {error.cause}")
         return error.cause
 
@@ -388,6 +392,9 @@ class ServerEngine:
             return
         self._closed = True
         self.interrupt()
+        if self._process is None and self._adapter is not None:
+            with contextlib.suppress(ServerError):
+                self._unload(self._adapter, len(self._servers))
         for server in self._servers:
             server.close()
         if self._process is not None:

@@ -60,6 +60,9 @@ def engine_options(
             "max_loras": 1,
             "max_cpu_loras": 2,
         }
+    if rollout.tensor_parallel_size > 1:
+        # The vision tower is small: every worker has all of it and encodes its share of the images.
+        options["mm_encoder_tp_mode"] = "data"
     if device == "cpu":
         options["enforce_eager"] = True
         options["skip_mm_profiling"] = True
