@@ -166,6 +166,11 @@ class RolloutConfig(Section):
                 "server_args and server_gpus are for a server that the trainer starts; leave "
                 "server_urls empty, or start those servers with the flags yourself"
             )
+        if self.engine == "server" and self.num_generations > self.max_num_seqs:
+            raise ValueError(
+                f"num_generations = {self.num_generations} exceeds max_num_seqs = {self.max_num_seqs}: a "
+                "server takes a question's samples only as long as they can run together"
+            )
         if self.engine == "transformers" and self.tensor_parallel_size > 1:
             raise ValueError("tensor_parallel_size needs engine: vllm or server")
         return self

@@ -153,6 +153,7 @@ def test_close_gives_up_what_is_under_way() -> None:
             [SERVER, "rollout.server_urls=[http://a]", "rollout.server_gpus='1'"],
             "for a server that the trainer starts",
         ),
+        ([SERVER, "rollout.max_num_seqs=3"], "num_generations = 4 exceeds max_num_seqs = 3"),
         (
             ["rollout.engine=transformers", "rollout.tensor_parallel_size=2"],
             "tensor_parallel_size needs engine: vllm or server",

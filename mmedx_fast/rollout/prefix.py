@@ -60,9 +60,9 @@ class PrefixSharing:
         self._warned = True
         LOG.warning(
             "the prefix cache found %.0f %% of the prompt tokens, though the prompts share %.0f %% "
-            "in whole blocks of %d: most likely the KV cache is too small to keep them (raise "
-            "rollout.kv_cache_memory_bytes or rollout.gpu_memory_utilization, or lower "
-            "rollout.max_num_seqs), or prefix caching is off in the server",
+            "in whole blocks of %d: most likely the KV cache is too small to keep them until they are "
+            "asked for again; raise rollout.kv_cache_memory_bytes or rollout.gpu_memory_utilization, or "
+            "lower rollout.max_num_seqs",
             100 * measured,
             100 * expected,
             self.block_size,

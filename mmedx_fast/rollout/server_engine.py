@@ -74,7 +74,8 @@ class ServerEngine:
         self.max_model_len = max_model_len
         self.max_images = max_images
         self.max_lora_rank = rollout.max_lora_rank
-        self._model_path = str(Path(model.path).resolve())
+        folder = Path(model.path)
+        self._model_path = str(folder.resolve()) if folder.is_dir() else model.path
         self._lora = lora
         self._timeout = rollout.server_timeout
         self._adapter: str | None = None
@@ -97,12 +98,12 @@ class ServerEngine:
         self._command = by_hand(options)
         urls = rollout.server_urls
         if not urls:
-            folder = Path(tempfile.gettempdir()) / f"mmedx-server-{self._mark}.log"
+            own_log = Path(tempfile.gettempdir()) / f"mmedx-server-{self._mark}.log"
             self._process = ServerProcess(
                 options | overrides,
                 extra=rollout.server_args,
                 gpus=rollout.server_gpus,
-                log=log or folder,
+                log=log or own_log,
             )
             urls = (self._process.url,)
         self._servers = [ServerClient(url, self._timeout) for url in urls]
