@@ -68,7 +68,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(world, log: Path) -> Iterator[object]:
-    made = start(world, log, engine="server", server_args=["--max-log-len=10"], server_timeout=500)
+    made = start(world, log, engine="server", server_args=["--max-log-len=10"], server_timeout=900)
     yield made
     made.close()
 

@@ -77,9 +77,6 @@ def engine_options(
             )
         if lora and own_workers:
             options["worker_extension_cls"] = _CPU_WORKER
-        if own_workers and rollout.tensor_parallel_size == 1:
-            # In the server's engine process; vLLM's default on a CPU is one more process.
-            options["distributed_executor_backend"] = "uni"
     else:
         options["gpu_memory_utilization"] = rollout.gpu_memory_utilization
         options["enable_sleep_mode"] = rollout.sleep and not rollout.async_steps
