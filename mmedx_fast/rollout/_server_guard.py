@@ -34,4 +34,5 @@ def main() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-main()
+if __name__ == "__main__":
+    main()
