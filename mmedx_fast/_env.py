@@ -36,6 +36,8 @@ _CPU = {
     "DS_ACCELERATOR": "cpu",
     # vLLM compiles its log-prob ranking even with enforce_eager: a stall of 14-37 s on a CPU.
     "TORCHDYNAMO_DISABLE": "1",
+    # Workers of their own (tensor parallel, a server) would each want a NUMA node to bind to.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 

@@ -110,7 +110,9 @@ class DsaConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["vllm", "transformers"] = "vllm"
+    engine: Literal["vllm", "transformers", "server"] = "vllm"
+    """``vllm`` and ``transformers`` run in the trainer's process, one engine a rank; ``server`` is vLLM's
+    own HTTP server on other GPUs or machines, one for all ranks."""
     num_generations: int = Field(4, ge=1)
     """Rollouts per question AND guideline."""
     temperature: float = Field(1.0, ge=0.01, le=2)
@@ -123,6 +125,55 @@ class RolloutConfig(Section):
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 64
     sleep: bool = True
     """Free the engine's memory while the trainer works (CUDA only)."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that share one copy of the model, in the engine or in the server that the trainer starts."""
+    async_steps: int = Field(0, ge=0, le=1)
+    """1 makes the rollouts of the next step while the current one trains, with the adapter of one update
+    before: needs ``engine: server`` and an importance-sampling correction."""
+    server_urls: tuple[str, ...] = ()
+    """Running servers (``http://host:port``) that share the requests; empty starts one with the trainer.
+    They must see the run folder and the model under the trainer's paths (a shared file system), and be
+    started with the flags that the trainer asks for. VLLM_API_KEY is sent where it is set."""
+    server_args: tuple[str, ...] = ()
+    """Further ``vllm serve`` flags of the server that the trainer starts, ``--flag=value`` each."""
+    server_gpus: str | None = None
+    """CUDA_VISIBLE_DEVICES of the server that the trainer starts, such as ``4,5``; null: the trainer's."""
+    server_timeout: float = Field(600, gt=0)
+    """Seconds to wait for the server to start, and for any answer while it generates."""
+
+    @field_validator("server_urls")
+    @classmethod
+    def _urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        bad = [url for url in value if not url.startswith(("http://", "https://"))]
+        if bad or len(set(value)) != len(value):
+            raise ValueError(f"give different addresses as http://host:port, got {bad or value}")
+        return tuple(url.rstrip("/") for url in value)
+
+    @model_validator(mode="after")
+    def _server(self) -> RolloutConfig:
+        if self.engine != "server":
+            given = [n for n in ("server_urls", "server_args", "server_gpus") if getattr(self, n)]
+            if given:
+                raise ValueError(f"{given[0]} belongs to engine: server, not to {self.engine}")
+            if self.async_steps:
+                raise ValueError(
+                    f"async_steps = 1 needs engine: server: {self.engine} shares the trainer's process, "
+                    "GPU and random generators, so nothing would overlap; with a server on other GPUs "
+                    "(server_urls or server_gpus) it does"
+                )
+        if self.server_urls and (self.server_args or self.server_gpus):
+            raise ValueError(
+                "server_args and server_gpus are for a server that the trainer starts; leave "
+                "server_urls empty, or start those servers with the flags yourself"
+            )
+        if self.engine == "server" and self.num_generations > self.max_num_seqs:
+            raise ValueError(
+                f"num_generations = {self.num_generations} exceeds max_num_seqs = {self.max_num_seqs}: a "
+                "server takes a question's samples only as long as they can run together"
+            )
+        if self.engine == "transformers" and self.tensor_parallel_size > 1:
+            raise ValueError("tensor_parallel_size needs engine: vllm or server")
+        return self
 
 
 class AdvantageConfig(Section):
@@ -324,6 +375,12 @@ class Config(Section):
                 "caci.trim_scope = global ranks the changes of the whole model together, and "
                 "gba.finetuning_type = full merges them one matrix at a time: set "
                 "caci.trim_scope=tensor"
+            )
+        if self.rollout.async_steps and self.gba.loss.importance_sampling_correction == "none":
+            raise ValueError(
+                "rollout.async_steps = 1 trains on rollouts of an older adapter, which "
+                "gba.loss.importance_sampling_correction must correct: set it to token_truncate "
+                "(got none)"
             )
         if self.lora.r > self.rollout.max_lora_rank:
             raise ValueError(

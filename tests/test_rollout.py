@@ -111,9 +111,8 @@ def make_adapter(folder: Path, out: Path, seed: int, **options: object) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("rollout")
+def make_world(root: Path) -> World:
+    """A tiny model whose answers depend on its prompt, questions with 0 to 2 images, two adapters."""
     corpus = [record("p1").question, *(g.instruction for g in GUIDELINES.values())] * 2
     plain = build_tiny(root / "plain", corpus, vocab_size=700)
     builder = PromptBuilder.from_folder(plain, DataConfig(max_prompt_length=400))
@@ -128,6 +127,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         name: make_adapter(folder, root / name, seed) for name, seed in (("a", 5), ("b", 6))
     }
     return World(folder, builder, hf, questions, adapters)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("rollout"))
 
 
 def engine(world: World, kind: str, **changes: object):

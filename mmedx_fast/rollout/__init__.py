@@ -1,7 +1,9 @@
-"""Rollout engines: vLLM in this process, or plain transformers where vLLM is not installed."""
+"""Rollout engines: vLLM in this process, vLLM's server elsewhere, or plain transformers where vLLM is
+not installed."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mmedx_fast.config import ModelConfig, RolloutConfig
@@ -39,17 +41,40 @@ def create_engine(
     max_images: int = 1,
     lora: bool = True,
     seed: int = 0,
+    log: Path | None = None,
     **vllm_options: Any,
 ) -> RolloutEngine:
     """Start the engine that ``rollout.engine`` names on the model folder ``model.path``.
 
     ``max_model_len``: tokens of prompt plus response, by default ``data.max_prompt_length`` +
     ``rollout.max_completion_length``. ``max_images``: most images in one question. ``lora``:
-    whether adapters will be loaded. ``vllm_options`` go to ``vllm.LLM`` and override what this
-    project chooses. Raises ``RolloutError``, also when vLLM is not installed.
+    whether adapters will be loaded. ``log``: the file that a server started here prints to.
+    ``vllm_options`` go to ``vllm.LLM`` or to that server and override what this project chooses.
+    With ``engine: server`` rank 0 talks to the servers, and the other ranks' engines do nothing.
+    Raises ``RolloutError``, also when vLLM is not installed.
     """
     if max_model_len is None:
         max_model_len = builder.data.max_prompt_length + rollout.max_completion_length
+    if rollout.engine == "server":
+        from mmedx_fast import ranks
+        from mmedx_fast.rollout.server_follower import ServerFollower
+
+        ranks.join()
+        if not ranks.is_main():
+            return ServerFollower()
+        from mmedx_fast.rollout.server_engine import ServerEngine
+
+        return ServerEngine(
+            model,
+            rollout,
+            builder,
+            max_model_len=max_model_len,
+            max_images=max_images,
+            lora=lora,
+            seed=seed,
+            log=log,
+            **vllm_options,
+        )
     if rollout.engine == "vllm":
         from mmedx_fast.rollout.vllm_engine import VllmEngine
 

@@ -105,10 +105,15 @@ class RolloutEngine(Protocol):
     Sampled tokens depend on ``Sampling.seed``, question id, guideline and sample number, not on
     which other requests are in the batch or on their order, up to rounding: another batch shape
     moves a logit by about 1e-6 (float32), which changes a token only where two candidates tie to
-    that precision.
+    that precision. An engine in this process batches the same requests the same way every time; a
+    server batches them as they arrive.
     """
 
     name: str
+    shared: bool
+    """Whether rank 0's engine makes the rollouts of all ranks; else each rank's makes its share."""
+    takes_tensors: bool
+    """Whether it is in this process and has ``update_weights``; else weights come in folders."""
     version: int
     """Version of the loaded adapter, or of ``update_weights``; ``BASE_VERSION`` without either."""
 
@@ -139,9 +144,9 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def load_weights(self, folder: str | Path) -> None:
+    def load_weights(self, folder: str | Path, version: int = BASE_VERSION) -> None:
         """Serve the full weights (safetensors) of an HF model folder from now on, without an
-        adapter."""
+        adapter; ``version`` is that of :attr:`version`."""
         ...
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -152,6 +157,11 @@ class RolloutEngine(Protocol):
         are loaded. Raises ``RolloutError`` for an incomplete model; the engine's weights are then a
         mixture.
         """
+        ...
+
+    def interrupt(self) -> None:
+        """Make a ``generate`` that runs in another thread raise soon; engines in this process,
+        which are used from one thread, do nothing."""
         ...
 
     def sleep(self) -> None:

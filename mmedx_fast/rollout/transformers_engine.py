@@ -50,6 +50,8 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    shared = False
+    takes_tensors = True
 
     def __init__(
         self,
@@ -296,11 +298,11 @@ class TransformersEngine:
             if name in self._model.peft_config:
                 self._model.delete_adapter(name)
 
-    def load_weights(self, folder: str | Path) -> None:
+    def load_weights(self, folder: str | Path, version: int = BASE_VERSION) -> None:
         check_weights(folder, self._config.path)
         self._model = self._load(folder)
         self._folder = str(folder)
-        self._adapter, self.version = None, BASE_VERSION
+        self._adapter, self.version = None, version
 
     def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         import torch
@@ -327,6 +329,9 @@ class TransformersEngine:
         """The Qwen-VL model below the head and PEFT's wrapper."""
         model = self._model.get_base_model() if self._adapter is not None else self._model
         return model.model
+
+    def interrupt(self) -> None:
+        pass
 
     def sleep(self) -> None:
         if self._sleeps:

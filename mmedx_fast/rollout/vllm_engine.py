@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,12 +32,8 @@ from mmedx_fast.rollout.base import (
     renumber,
     request_seeds,
 )
-
-_MIN_KV_BYTES = 64 << 20
-_MAX_CPU_KV_BYTES = 4 << 30
-_CPU_BATCHED_TOKENS = 4096
-_CPU_BLOCK_SIZE = 32
-"""vLLM's CPU default is 128, and only full blocks are shared: short prompts would share nothing."""
+from mmedx_fast.rollout.prefix import PrefixSharing
+from mmedx_fast.rollout.vllm_options import engine_options
 
 
 class VllmEngine:
@@ -46,6 +43,7 @@ class VllmEngine:
     """
 
     name = "vllm"
+    shared = False
 
     def __init__(
         self,
@@ -76,69 +74,28 @@ class VllmEngine:
         self._loads = 0
         self._sleeps = rollout.sleep and self.device == "cuda"
         self._model_path = model.path
-        options = self._options(model, rollout, seed) | overrides
-        self._llm: Any = _start(options)
+        self._workers = rollout.tensor_parallel_size > 1
+        self.takes_tensors = not self._workers
+        options = engine_options(
+            model,
+            rollout,
+            device=self.device,
+            max_model_len=max_model_len,
+            max_images=max_images,
+            lora=lora,
+            seed=seed,
+            own_workers=self._workers,
+        )
+        if self._workers and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RolloutError(
+                f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size} with several ranks: "
+                "every rank has an engine of its own, on its own GPU; set "
+                "rollout.tensor_parallel_size=1, or rollout.engine=server for one engine on other GPUs"
+            )
+        self._llm: Any = _start(options | overrides)
+        self._prefix = PrefixSharing(self._engine.vllm_config.cache_config.block_size)
         self._counters = self._read_counters()
         self._tally = [0, 0, 0, 0.0]
-
-    def _options(self, model: ModelConfig, rollout: RolloutConfig, seed: int) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "model": model.path,
-            "dtype": model.dtype,
-            "seed": seed,
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": rollout.max_num_seqs,
-            "limit_mm_per_prompt": {"image": self.max_images, "video": 0},
-            # Log-probs of the distribution sampled from: after temperature and banned ids.
-            "logprobs_mode": "processed_logprobs",
-            # Stop tokens are ours; a model folder's sampling defaults must not leak in.
-            "generation_config": "vllm",
-            "trust_remote_code": model.trust_remote_code,
-            "enable_prefix_caching": True,
-            "disable_log_stats": False,
-            "use_tqdm_on_load": False,
-            "block_size": rollout.block_size,
-            "kv_cache_memory_bytes": rollout.kv_cache_memory_bytes,
-        }
-        if self._lora:
-            options |= {
-                "enable_lora": True,
-                "max_lora_rank": rollout.max_lora_rank,
-                "max_loras": 1,
-                "max_cpu_loras": 2,
-            }
-        if self.device == "cpu":
-            options["enforce_eager"] = True
-            options["skip_mm_profiling"] = True
-            # vLLM draws a token for every chunk of a prompt and then rewinds the seeded generator,
-            # which CPU generators cannot do ("does not use offset"): prompts go in whole.
-            options["enable_chunked_prefill"] = False
-            options["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, self.max_model_len)
-            options["block_size"] = rollout.block_size or _CPU_BLOCK_SIZE
-            if rollout.kv_cache_memory_bytes is None:
-                options["kv_cache_memory_bytes"] = self._cpu_kv_bytes(model, rollout.max_num_seqs)
-        else:
-            options["gpu_memory_utilization"] = rollout.gpu_memory_utilization
-            options["enable_sleep_mode"] = self._sleeps
-        return {key: value for key, value in options.items() if value is not None}
-
-    def _cpu_kv_bytes(self, model: ModelConfig, max_num_seqs: int) -> int:
-        """Room for every sequence at full length, within bounds: a CPU's memory is not the
-        engine's."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(
-            model.path, local_files_only=model.offline, trust_remote_code=model.trust_remote_code
-        ).get_text_config()
-        heads = config.num_key_value_heads
-        head_dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        bytes_per_token = 2 * config.num_hidden_layers * heads * head_dim
-        bytes_per_token *= 4 if model.dtype == "float32" else 2
-        block = _CPU_BLOCK_SIZE
-        tokens = max_num_seqs * math.ceil(self.max_model_len / block + 1) * block
-        return max(_MIN_KV_BYTES, min(_MAX_CPU_KV_BYTES, tokens * bytes_per_token))
 
     def generate(
         self,
@@ -163,6 +120,7 @@ class VllmEngine:
             for index, output in enumerate(outputs)
             for completion in output.outputs
         ]
+        self._prefix.add(requests, prompts, sampling.n)
         self._tally[0] += len(requests)
         self._tally[1] += len(rollouts)
         self._tally[2] += sum(len(rollout.token_ids) for rollout in rollouts)
@@ -224,9 +182,14 @@ class VllmEngine:
             raise RolloutError(f"{folder}: vLLM cannot load this adapter: {error}") from error
         return request
 
-    def load_weights(self, folder: str | Path) -> None:
+    def load_weights(self, folder: str | Path, version: int = BASE_VERSION) -> None:
         check_weights(folder, self._model_path)
-        self._reload(str(folder), read_tensors(tensor_files(local_folder(folder))))
+        local = local_folder(folder)
+        if self._workers:  # of their own: they read the folder, tensors do not travel to them
+            self._reload(str(folder), {"weights_path": str(local.resolve())})
+        else:
+            self._reload(str(folder), {"weights_iterator": read_tensors(tensor_files(local))})
+        self.version = version
 
     def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         names: list[str] = []
@@ -238,15 +201,15 @@ class VllmEngine:
                 yield name, tensor.detach().clone()
 
         source = f"the trainer's weights of version {version}"
-        self._reload(source, copies())
+        self._reload(source, {"weights_iterator": copies()})
         check_names(source, names, self._model_path)
         self.version = version
 
-    def _reload(self, source: str, weights: Iterator[tuple[str, Any]]) -> None:
-        """Serve `weights`, without an adapter."""
+    def _reload(self, source: str, weights: dict[str, Any]) -> None:
+        """Serve `weights`, arguments of vLLM's ``reload_weights``, without an adapter."""
         self.load_adapter(None, BASE_VERSION)
         try:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._llm.collective_rpc("reload_weights", kwargs=weights)
         except Exception as error:
             raise RolloutError(
                 f"{source}: vLLM cannot take these weights: {error}; its model is now in an "
@@ -254,6 +217,9 @@ class VllmEngine:
             ) from error
         finally:
             self.reset_caches()
+
+    def interrupt(self) -> None:
+        pass
 
     def sleep(self) -> None:
         if self._sleeps:
@@ -273,6 +239,8 @@ class VllmEngine:
         counters = self._read_counters()
         queries, hits = (new - old for new, old in zip(counters, self._counters, strict=True))
         self._counters = counters
+        hit_rate = hits / queries if queries else None
+        self._prefix.check(hit_rate)
         requests, sequences, tokens, seconds = self._tally
         self._tally = [0, 0, 0, 0.0]
         return EngineStats(
@@ -280,7 +248,7 @@ class VllmEngine:
             sequences=int(sequences),
             generated_tokens=int(tokens),
             seconds=seconds,
-            prefix_cache_hit_rate=hits / queries if queries else None,
+            prefix_cache_hit_rate=hit_rate,
         )
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from mmedx_fast.data.phantom import write_phantom
 from mmedx_fast.data.records import Record
 from mmedx_fast.progress import progress
 from mmedx_fast.prompts import PromptBuilder, PromptError, Question
-from mmedx_fast.rollout import RolloutEngine, create_engine
+from mmedx_fast.rollout import BASE_VERSION, RolloutEngine, create_engine
 from mmedx_fast.run_folder import RunFolder, write_text
 
 LOG = logging.getLogger(__name__)
@@ -104,11 +104,12 @@ class Context:
                 max_model_len=self.cfg.data.max_prompt_length + longest,
                 max_images=self.max_images,
                 seed=self.cfg.seed,
+                log=self.run.path / "server.log",
             )
             self._weights = self.model_path
         return self._engine
 
-    def serve_weights(self, folder: Path) -> RolloutEngine:
+    def serve_weights(self, folder: Path, version: int = BASE_VERSION) -> RolloutEngine:
         """The engine with a model folder's full weights; they are read only when others were loaded.
 
         Each folder is taken as unchanged while the engine has it.
@@ -116,7 +117,7 @@ class Context:
         engine = self.engine
         if self._weights != folder:
             self._weights = None
-            engine.load_weights(folder)
+            engine.load_weights(folder, version)
             self._weights = folder
         return engine
 

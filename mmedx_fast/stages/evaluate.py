@@ -24,7 +24,7 @@ from mmedx_fast.stages.common import finish, is_done
 from mmedx_fast.stages.context import Context
 from mmedx_fast.stages.dsa import expert_adapter, expert_stage
 from mmedx_fast.stages.gba import gba_stage, rl_model
-from mmedx_fast.stages.rollouts import image_findings
+from mmedx_fast.stages.rollouts import image_findings, own_share
 from mmedx_fast.stats import macro_average, wilson_interval
 
 LOG = logging.getLogger(__name__)
@@ -112,7 +112,8 @@ def ask(
 ) -> list[dict[str, Any]]:
     """Greedy answers, scored: one JSON-ready row per question.
 
-    With several ranks each asks its share, and every rank gets all rows.
+    With several ranks each asks its share (rank 0 all of it where one server serves them), and every
+    rank gets all rows.
     """
     shares = ranks.all_gather(_ask_own(ctx, questions, description))
     rows = [row for share in shares for row in share]
@@ -125,7 +126,7 @@ def _ask_own(
     """This rank's rows, each with its question's number."""
     from mmedx_fast.progress import progress
 
-    own = range(ranks.rank(), len(questions), ranks.world_size())
+    own = own_share(ctx.engine, len(questions))
     if not own:
         return []
     fixed = ctx.cfg.eval.guideline

@@ -20,8 +20,9 @@ from mmedx_fast import ranks
 from mmedx_fast.config import deepspeed_settings
 from mmedx_fast.progress import progress
 from mmedx_fast.prompts import Question
-from mmedx_fast.rollout import Rollout, Sampling
+from mmedx_fast.rollout import Rollout, RolloutEngine, Sampling
 from mmedx_fast.run_folder import Stage, write_folder, write_text
+from mmedx_fast.stages.ahead import Ahead, Batch
 from mmedx_fast.stages.common import (
     Stopped,
     StopSignal,
@@ -42,6 +43,7 @@ from mmedx_fast.stages.context import Context, StageError, batches
 from mmedx_fast.stages.dsa import expert_adapter
 from mmedx_fast.stages.rollouts import (
     gather_rollouts,
+    own_share,
     reward_columns,
     rollout_metrics,
     rollout_trees,
@@ -138,6 +140,16 @@ class _Trainer:
         self.questions = ctx.questions("train")
         self.rewards = RewardRunner([(r.name, r.weight, dict(r.kwargs)) for r in self.gba.rewards])
         self.spec = _loss_spec(ctx)
+        self.async_steps = ctx.cfg.rollout.async_steps
+        self.ahead = Ahead(self.make, lambda: ctx.engine.interrupt())
+        self.order = list(
+            batches(
+                len(self.questions),
+                self.gba.questions_per_step,
+                self.gba.steps,
+                (self.cfg.seed, "gba"),
+            )
+        )
         seed_everything(self.cfg.seed)
         start = start_adapter(ctx, stage)
         self.policy = Policy.load(
@@ -161,17 +173,11 @@ class _Trainer:
         try:
             check_tree(self.policy, self.questions[0], self.gba.guidelines)
             checksum = self.policy.base_checksum()
-            done, meter_state, _ = load_progress(self.stage, self.policy)
+            done, meter_state, extra = load_progress(self.stage, self.policy)
             self.meter: PhaseMeter = PhaseMeter(meter_state)
             self.rates = step_rates(self.policy, self.cfg, full=self.gba.finetuning_type == "full")
-            order = list(
-                batches(
-                    len(self.questions),
-                    self.gba.questions_per_step,
-                    self.gba.steps,
-                    (self.cfg.seed, "gba"),
-                )
-            )
+            if self.async_steps and 0 < done < self.gba.steps and ranks.is_main():
+                self.ahead.restore(extra.get("ahead"), done + 1, self.questions_of(done + 1))
             tb = self.ctx.run.path / "tb" / self.stage.name
             with (
                 metrics_log(self.stage, tb, done) as log,
@@ -182,23 +188,26 @@ class _Trainer:
                     self.ctx.serve_weights(self.ctx.model_path)
                 self.sync(done)
                 for step in range(done + 1, self.gba.steps + 1):
-                    metrics = self.step(step, [self.questions[i] for i in order[step - 1]])
+                    questions = self.questions_of(step)
+                    metrics = self.step(step, questions)
                     taken = self.meter.take()
-                    log.log(step, metrics | taken | self.rates.take(taken, len(order[step - 1])))
+                    log.log(step, metrics | taken | self.rates.take(taken, len(questions)))
                     stopping = stop.agreed()
                     due = step % self.gba.save_steps == 0 or stopping
                     if due and step < self.gba.steps:
-                        save_progress(self.stage, step, self.policy, self.meter, self.cfg, {})
+                        extra = {"ahead": self.ahead.state(step + 1)} if self.async_steps else {}
+                        save_progress(self.stage, step, self.policy, self.meter, self.cfg, extra)
                         if stopping:
                             raise Stopped(f"GBA stopped after step {step}; it is saved")
                     bar.update(1, reward=metrics["reward"])
             self._finish(checksum)
         finally:
+            self.ahead.close()
             self.policy.close()
 
     def step(self, step: int, questions: list[Question]) -> dict[str, float]:
         """Rollouts, rewards, advantages, update, sync."""
-        rollouts = self.generate(step, questions)
+        rollouts, made = self.generate(step, questions)
         with self.meter.phase("reward"):
             columns = reward_columns(questions, rollouts)
             scores = self._scores(columns)
@@ -207,47 +216,80 @@ class _Trainer:
             self.keep_samples(step, columns, scores, advantages)
         metrics |= self.update(questions, rollouts, advantages, use)
         self.sync(step)
-        if self.hit_rate is not None:
-            metrics["prefix_cache_hit_rate"] = self.hit_rate
+        metrics["rollout/version_lag"] = float(step - 1 - made.version)
+        if made.hit_rate is not None:
+            metrics["prefix_cache_hit_rate"] = made.hit_rate
         return metrics | rollout_metrics(rollouts)
 
     # -- rollouts --------------------------------------------------------------------------------
 
-    def generate(self, step: int, questions: list[Question]) -> list[Rollout]:
-        """The rollouts of all questions; with several ranks each makes those of its share."""
-        settings = self.cfg.rollout
+    def questions_of(self, step: int) -> list[Question]:
+        """The questions of ``step``, which is counted from 1."""
+        return [self.questions[i] for i in self.order[step - 1]]
+
+    def generate(self, step: int, questions: list[Question]) -> tuple[list[Rollout], Batch]:
+        """The rollouts of all questions, and how this rank made its share of them."""
+        with self.meter.phase("rollout"):
+            made = self.ahead.take(step)
+            if self.async_steps and step < self.gba.steps:
+                self.ahead.start(step + 1)
+            rollouts = gather_rollouts(made.rollouts, own_share(self.ctx.engine, len(questions)))
+        self.meter.add("rollout", tokens=sum(len(r.token_ids) for r in rollouts))
+        if not self.async_steps:
+            self.ctx.engine.sleep()
+        return rollouts, made
+
+    def make(self, step: int) -> Batch:
+        """This rank's rollouts of ``step``, with the adapter that the engine serves; may run in a
+        thread beside the training."""
+        engine, settings = self.ctx.engine, self.cfg.rollout
+        expected = max(0, step - 1 - self.async_steps)
+        if engine.version != expected:
+            raise StageError(
+                f"the rollouts of step {step} come from adapter version {expected}, and the engine "
+                f"serves {engine.version}; start the run again to go on from its last checkpoint"
+            )
         sampling = Sampling(
             n=settings.num_generations,
             temperature=settings.temperature,
             max_tokens=settings.max_completion_length,
             seed=_step_seed(self.cfg.seed, step),
         )
-        own = range(ranks.rank(), len(questions), ranks.world_size())
-        with self.meter.phase("rollout"):
-            asked = [questions[i] for i in own]
-            made = self.ctx.engine.generate(asked, self.gba.guidelines, sampling) if asked else []
-            rollouts = gather_rollouts(made, own)
-        self.meter.add("rollout", tokens=sum(len(r.token_ids) for r in rollouts))
-        self.ctx.engine.sleep()
-        self.hit_rate = self.ctx.engine.stats().prefix_cache_hit_rate
-        return rollouts
+        questions = self.questions_of(step)
+        asked = [questions[i] for i in own_share(engine, len(questions))]
+        rollouts = engine.generate(asked, self.gba.guidelines, sampling) if asked else []
+        return Batch(rollouts, engine.version, engine.stats().prefix_cache_hit_rate)
 
     def sync(self, step: int) -> None:
-        """Serve the current adapter from now on (the one before is deleted), or the current weights."""
+        """Serve the current adapter, or the current weights, from now on."""
+        if self.async_steps:
+            with self.meter.phase("rollout"):
+                self.ahead.wait()  # the adapter before this one is in use until then
         with self.meter.phase("sync"):
-            if self.full:
-                self.ctx.engine.wake()
+            engine = self.ctx.engine
+            if self.full and engine.takes_tensors:
+                engine.wake()
                 self.ctx.serve_trained(self.policy.weights(), version=step)
-                return
-            folder = self.stage.dir / "sync" / f"step-{step:06d}"
+            else:
+                self._sync_folder(engine, step)
+
+    def _sync_folder(self, engine: RolloutEngine, step: int) -> None:
+        """Through a folder that the engine reads; the one before is deleted."""
+        folder = self.stage.dir / "sync" / f"step-{step:06d}"
+        if self.full:
+            self.policy.save_model(folder, self.gba.max_shard_size)
+        else:
             self.policy.save_adapter(folder)
-            ranks.barrier()
-            self.ctx.engine.wake()
-            self.ctx.engine.load_adapter(folder, version=step)
-            ranks.barrier()
-            for old in folder.parent.iterdir() if ranks.is_main() else ():
-                if old != folder:
-                    shutil.rmtree(old, ignore_errors=True)
+        ranks.barrier()
+        engine.wake()
+        if self.full:
+            self.ctx.serve_weights(folder, version=step)
+        else:
+            engine.load_adapter(folder, version=step)
+        ranks.barrier()
+        for old in folder.parent.iterdir() if ranks.is_main() else ():
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
 
     # -- advantages ------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmedx_fast import ranks
 from mmedx_fast.prompts import Question
-from mmedx_fast.rollout import Rollout
+from mmedx_fast.rollout import Rollout, RolloutEngine
 
 if TYPE_CHECKING:
     from mmedx_fast.tree import Tree
@@ -37,6 +37,14 @@ def image_findings(meta: dict[str, Any]) -> tuple[str, ...]:
     """What a row says its images show (column ``finding`` or ``findings``); used by rewards only."""
     found = meta.get("findings", meta.get("finding", ()))
     return (found,) if isinstance(found, str) else tuple(str(item) for item in found)
+
+
+def own_share(engine: RolloutEngine, count: int) -> range:
+    """Which of ``count`` questions this rank asks: its share, or with an engine for all ranks rank 0
+    asks them all."""
+    if engine.shared:
+        return range(count if ranks.is_main() else 0)
+    return range(ranks.rank(), count, ranks.world_size())
 
 
 def gather_rollouts(made: list[Rollout], own: Sequence[int]) -> list[Rollout]:
