@@ -90,6 +90,12 @@ class OptimizerConfig(Section):
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    max_step_grad_norm: float | None = Field(None, gt=0)
+    """A step whose gradient norm before clipping exceeds this is skipped and written to ``bad_steps/``;
+    null skips only where the loss or the norm is not finite."""
+    max_bad_steps: int = Field(3, ge=1)
+    """The stage stops when this many steps in a row had to be skipped."""
 
 
 class DsaConfig(Section):
@@ -123,6 +129,10 @@ class RolloutConfig(Section):
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 64
     sleep: bool = True
     """Free the engine's memory while the trainer works (CUDA only)."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds without a new token after which the engine counts as hung."""
+    max_restarts: int = Field(2, ge=0)
+    """How often in a row an engine that failed or hangs is started anew and asked again."""
 
 
 class AdvantageConfig(Section):
