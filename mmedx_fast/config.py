@@ -90,6 +90,12 @@ class OptimizerConfig(Section):
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    max_step_grad_norm: float | None = Field(None, gt=0)
+    """A step whose gradient norm before clipping exceeds this is skipped and written to ``bad_steps/``;
+    null skips only where the loss or the norm is not finite."""
+    max_bad_steps: int = Field(3, ge=1)
+    """The stage stops when this many steps in a row had to be skipped."""
 
 
 class DsaConfig(Section):
@@ -140,6 +146,10 @@ class RolloutConfig(Section):
     """CUDA_VISIBLE_DEVICES of the server that the trainer starts, such as ``4,5``; null: the trainer's."""
     server_timeout: float = Field(600, gt=0)
     """Seconds to wait for the server to start, and for any answer while it generates."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds without a new token after which the engine counts as hung."""
+    max_restarts: int = Field(2, ge=0)
+    """How often in a row an engine that failed or hangs is started anew and asked again."""
 
     @field_validator("server_urls")
     @classmethod

@@ -347,9 +347,20 @@ class Policy:
             raise RuntimeError("this policy was loaded without an optimizer; it only evaluates")
         return self._engine
 
-    def step(self) -> dict[str, float]:
+    def step(self, refuse: bool = False) -> dict[str, float]:
         """One optimizer update; see :meth:`mmedx_fast.policy_engine.Engine.step`."""
-        return self._training().step()
+        return self._training().step(refuse)
+
+    def skip(self, steps: int = 1) -> None:
+        """Let the learning-rate schedule count updates that are not made."""
+        self._training().skip(steps)
+
+    def discard(self) -> None:
+        """Drop all gradients since the last update, and the memory they and a failed row held."""
+        self._training().discard()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # -- weights ---------------------------------------------------------------------------------
 

@@ -59,9 +59,23 @@ def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], floa
     return factor
 
 
+class _Verdict:
+    """Whether an update may be taken, given its gradient norm; all ranks see the same norm."""
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit = math.inf if limit is None else limit
+        self.refused = False
+        """The caller has refused the update whatever its norm."""
+        self.norm = math.nan
+        """Of the update that was judged last, before clipping."""
+
+    def accepts(self, norm: float) -> bool:
+        self.norm = math.nan if self.refused else norm
+        return not self.refused and math.isfinite(norm) and 0 <= norm <= self.limit
+
+
 class _ClippedAdamW(torch.optim.AdamW):
-    """AdamW for ZeRO stage 0 that clips, reports the norm and skips a step whose norm is not
-    finite.
+    """AdamW for ZeRO stage 0 that clips, reports the norm and skips a step that is not accepted.
 
     DeepSpeed's own clipping in float32 at stage 0 reports no norm and steps on NaN. The two
     attributes are those its engine reads from an optimizer.
@@ -70,9 +84,16 @@ class _ClippedAdamW(torch.optim.AdamW):
     overflow = False
     _global_grad_norm = 0.0
 
-    def __init__(self, params: Sequence[nn.Parameter], max_grad_norm: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        max_grad_norm: float,
+        verdict: _Verdict,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(params, **kwargs)
         self.max_grad_norm = max_grad_norm
+        self._verdict = verdict
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -80,7 +101,7 @@ class _ClippedAdamW(torch.optim.AdamW):
             if param.grad is None:  # no row used it: moments and decay go on, as under ZeRO
                 param.grad = torch.zeros_like(param)
         norm = nn.utils.clip_grad_norm_(params, self.max_grad_norm).item()
-        self._global_grad_norm, self.overflow = norm, not math.isfinite(norm)
+        self._global_grad_norm, self.overflow = norm, not self._verdict.accepts(norm)
         if not self.overflow:
             super().step(closure)
 
@@ -153,6 +174,56 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
+def _judge_norms(zero: Any, stage: int, verdict: _Verdict) -> None:
+    """Let `verdict` see the norm that a ZeRO optimizer is about to clip with.
+
+    An infinite norm in its place makes the optimizer skip the step as for an overflow of its own:
+    gradients dropped, parameters and moments as they were.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    name = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+    measure = getattr(zero, name)
+
+    def judged(*args: Any, **kwargs: Any) -> Any:
+        if not verdict.refused:
+            found = measure(*args, **kwargs)
+            groups = found if stage == 3 else [found]
+            if verdict.accepts(float(combine_grad_norm_groups(groups))):
+                return found
+        endless = torch.tensor(math.inf)
+        return [endless] if stage == 3 else endless
+
+    setattr(zero, name, judged)
+
+
+def _forget_backward(zero: Any, stage: int) -> None:
+    """Put a ZeRO optimizer back to where it is after a step, from anywhere inside a backward.
+
+    Its own step does so only for backward passes that came to their end.
+    """
+    hooks = zero._backward_hook_state
+    hooks.backward_active_depth = 0
+    hooks.reset_for_new_step()
+    if stage == 3:
+        for bucket in zero.ipg_buckets.values():
+            bucket.clear_params()
+        zero.params_already_reduced.update(dict.fromkeys(zero.params_already_reduced, False))
+        zero.parameter_offload.release_backward_leftovers()
+        return
+    from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+    for bucket in zero.ipg_buckets.values():
+        bucket.clear()
+    zero.params_already_reduced[:] = [False] * len(zero.params_already_reduced)
+    zero.extra_large_param_to_reduce.clear()
+    zero._release_ipg_buffers()
+    zero.zero_grad(set_to_none=True)
+    for gradients in (zero.averaged_gradients, zero.all_grad_tensors):
+        gradients.update(dict.fromkeys(gradients))
+    zero.micro_step_id = INITIAL_MICRO_STEP_ID
+
+
 def _release_partitions(engine: Any) -> None:
     """Free what ZeRO-3 keeps alive after `destroy` through contexts that refer to it."""
     from deepspeed.runtime.zero import parameter_offload
@@ -188,6 +259,7 @@ class Engine:
             settings["zero_optimization"] = {**settings.get("zero_optimization", {}), "stage": 1}
         self._factor = lr_factor(optimizer, total_steps)
         self._backwards = 0
+        self._verdict = _Verdict(optimizer.max_step_grad_norm)
         kwargs: dict[str, Any] = {
             "lr": optimizer.learning_rate,
             "weight_decay": optimizer.weight_decay,
@@ -195,7 +267,7 @@ class Engine:
         trainable = list(self.params.values())
         basic: torch.optim.Optimizer
         if self.stage == 0:
-            basic = _ClippedAdamW(trainable, optimizer.max_grad_norm, **kwargs)
+            basic = _ClippedAdamW(trainable, optimizer.max_grad_norm, self._verdict, **kwargs)
         else:
             basic = torch.optim.AdamW(trainable, **kwargs)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(basic, self._factor)
@@ -217,6 +289,8 @@ class Engine:
             config=settings,
         )
         self._basic = basic
+        if self.stage > 0:
+            _judge_norms(self.engine.optimizer, self.stage, self._verdict)
         self._start_moments()
 
     def _start_moments(self) -> None:
@@ -250,12 +324,14 @@ class Engine:
         self.engine.backward(loss * self.engine.dp_world_size)
         self._backwards += 1
 
-    def step(self) -> dict[str, float]:
-        """One update. A gradient norm that is not finite leaves everything as it was.
+    def step(self, refuse: bool = False) -> dict[str, float]:
+        """One update. A gradient norm that is not finite or above `max_step_grad_norm` leaves
+        parameters and moments as they were, and so does `refuse` (on all ranks or none); the
+        schedule counts the step all the same.
 
         Returns:
-            grad_norm (before clipping; NaN when the step was skipped), learning_rate, skipped (0 or
-            1).
+            grad_norm (before clipping; NaN where it is not finite or was refused), learning_rate,
+            skipped (0 or 1).
 
         Raises:
             RuntimeError: no backward since the last step.
@@ -263,16 +339,10 @@ class Engine:
         if not self._backwards:
             raise RuntimeError("step() without a backward: the step has no rows; skip it instead")
         rate = self.learning_rate
-        self.engine.step()
-        if self.stage == 3:
-            # Else a parameter that the first row of the next update does not use (the vision tower, for
-            # a text row) keeps this update's gradient.
-            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
-        self._backwards = 0
-        applied = self.engine.was_step_applied()
-        norm = float(self.engine.get_global_grad_norm()) if applied else math.nan
+        applied = self._step(refuse)
         if not applied:
-            logger.warning("gradient norm is not finite: this update is skipped")
+            self.skip()
+        norm = self._verdict.norm if math.isfinite(self._verdict.norm) else math.nan
         return {"grad_norm": norm, "learning_rate": rate, "skipped": float(not applied)}
 
     def named_values(self) -> Iterator[tuple[str, Tensor]]:
@@ -280,6 +350,37 @@ class Engine:
         through all of them."""
         for block in by_block(self.params):
             yield from self._values(block)
+
+    def _step(self, refuse: bool) -> bool:
+        """Let DeepSpeed step or drop the gradients; whether it stepped."""
+        self._verdict.refused, self._verdict.norm = refuse, math.nan
+        try:
+            self.engine.step()
+        finally:
+            self._verdict.refused = False
+        if self.stage == 3:
+            # Else a parameter that the first row of the next update does not use (the vision tower, for
+            # a text row) keeps this update's gradient.
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
+        self._backwards = 0
+        return bool(self.engine.was_step_applied())
+
+    def skip(self, steps: int = 1) -> None:
+        """Let the schedule count steps that change nothing."""
+        self._seek(self._scheduler.last_epoch + steps)
+
+    def discard(self) -> None:
+        """Drop the gradients so far, also those of a backward that was cut short by an error.
+
+        For one process only: ranks that were cut short elsewhere wait in other collectives.
+        """
+        for param in self.params.values():
+            param.grad = None
+        self._backwards = 0
+        if self.stage > 0:
+            _forget_backward(self.engine.optimizer, self.stage)
+        if self.stage == 3:  # its step also takes the gathered parameters apart again
+            self._step(refuse=True)
 
     def values(self) -> dict[str, Tensor]:
         """:meth:`named_values`, all at once."""

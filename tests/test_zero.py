@@ -1,6 +1,7 @@
 """Two processes on the CPU train as one does, for every ZeRO stage."""
 
 import importlib.util
+import math
 import multiprocessing
 import os
 import socket
@@ -21,7 +22,8 @@ from mmedx_fast.ops import PolicyLossSpec, merge_metrics
 from mmedx_fast.planner import plan_ranks
 from mmedx_fast.policy import Policy
 from mmedx_fast.rollout import Rollout
-from mmedx_fast.stages import dsa, gba
+from mmedx_fast.stages import dsa, gba, guard
+from mmedx_fast.stages.common import step_rates
 
 CASES = [("frozen", 1), ("trained", 2), ("frozen", 3), ("trained", 3)]
 """The vision tower, and the ZeRO stage."""
@@ -171,8 +173,22 @@ def stage_steps(base, zero):
     trainer.gba = cfg.gba.model_copy(update={"max_rollout_mismatch": 99.0})
     trainer.spec = PolicyLossSpec(beta=0.01)
     advantages = torch.cos(torch.arange(len(rollouts)).float())
-    first = trainer.update(asked, rollouts, advantages, torch.arange(len(rollouts)) != 4)
-    found = [first, _sft_step(policy, trees, meter, cfg), {"adapter": policy.adapter_tensors()}]
+    trainer.bound, trainer.rates = guard.RowBound(cfg.gba), step_rates(policy, cfg)
+    first, _ = trainer.update(asked, rollouts, advantages, torch.arange(len(rollouts)) != 4)
+    nan = torch.where(torch.arange(len(rollouts)) == 0, math.nan, advantages)
+    before = policy.state()
+    skipped, _ = trainer.update(asked, rollouts, nan, torch.arange(len(rollouts)) >= 0)
+    after = policy.state()
+    untouched = all(torch.equal(after[0][key], value) for key, value in before[0].items())
+    found = [
+        first,
+        _sft_step(policy, trees, meter, cfg),
+        {
+            "adapter": policy.adapter_tensors(),
+            "skipped": skipped["skipped"] == 1.0 and untouched,
+            "counted": after[1]["scheduler_step"] - before[1]["scheduler_step"],
+        },
+    ]
     policy.close()
     return found
 
@@ -196,7 +212,9 @@ def _sft_step(policy, trees, meter, cfg):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dsa, "sft_tree", tree_of)
-        return dsa._update(policy, trees, 1, meter, SimpleNamespace(cfg=cfg))
+        bound = guard.RowBound(cfg.gba)
+        rates, ctx = step_rates(policy, cfg), SimpleNamespace(cfg=cfg)
+        return dsa._update(policy, trees, 1, meter, rates, ctx, bound)[0]
 
 
 def _worker(rank, port, base, folder):
@@ -360,6 +378,8 @@ def test_the_stages_updates_are_those_of_one_process(two_processes, base):
             )
             assert ours.keys() == theirs.keys() - {"tokens_saved"}
             assert ours["grad_norm"] > 0
+        # A NaN in one rank's row: no rank takes the step, and the schedule counts it.
+        assert found[2]["skipped"] and found[2]["counted"] == 1
         for key, value in wanted[2]["adapter"].items():
             torch.testing.assert_close(found[2]["adapter"][key], value, rtol=1e-3, atol=1e-4)
 

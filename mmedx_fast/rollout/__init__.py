@@ -10,6 +10,7 @@ from mmedx_fast.config import ModelConfig, RolloutConfig
 from mmedx_fast.prompts import PromptBuilder
 from mmedx_fast.rollout.base import (
     BASE_VERSION,
+    EngineError,
     EngineStats,
     Progress,
     Request,
@@ -21,6 +22,7 @@ from mmedx_fast.rollout.base import (
 
 __all__ = [
     "BASE_VERSION",
+    "EngineError",
     "EngineStats",
     "Progress",
     "Request",

@@ -37,6 +37,10 @@ class RolloutError(RuntimeError):
     was."""
 
 
+class EngineError(RolloutError):
+    """An engine that broke or hangs while it generated; a new one may give the answer."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to sample. ``seed`` should change with every training step, or every step sees the same
@@ -127,7 +131,7 @@ class RolloutEngine(Protocol):
         """Answer every question under every guideline; results by question, guideline, sample.
 
         Raises ``PromptError`` before anything runs if a prompt does not fit, ``RolloutError``
-        naming the question if the engine refuses one.
+        naming the question if the engine refuses one, ``EngineError`` if the engine breaks.
         """
         ...
 

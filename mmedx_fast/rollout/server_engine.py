@@ -22,6 +22,7 @@ from mmedx_fast.config import ModelConfig, RolloutConfig
 from mmedx_fast.prompts import PromptBuilder, Question
 from mmedx_fast.rollout.base import (
     BASE_VERSION,
+    EngineError,
     EngineStats,
     Progress,
     Request,
@@ -261,7 +262,9 @@ class ServerEngine:
     def _explained(self, error: RequestError, question: Question) -> RolloutError:
         status = error.cause.status
         if status == 0 and self._process is not None:
-            return RolloutError(f"{error.cause}; {self._process.last_words()}")
+            return EngineError(f"{error.cause}; {self._process.last_words()}")
+        if status == 0:
+            return EngineError(str(error.cause))
         if status == 404:
             return RolloutError(
                 f"{error.cause}; it has lost the trainer's adapter: was it restarted? Start this run "

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from mmedx_fast.rollout.base import Progress, RolloutError
+from mmedx_fast.rollout.base import EngineError, Progress, RolloutError
 from mmedx_fast.rollout.server_client import ServerClient, ServerError
 
 _CONNECTIONS = 256
@@ -40,8 +40,8 @@ class Asker:
     ) -> list[dict[str, Any]]:
         """Answers by request; ``n`` sequences each for ``progress``.
 
-        Raises :class:`RequestError` for the first request that fails, and ``RolloutError`` when the
-        servers fall silent or :meth:`interrupt` is called.
+        Raises :class:`RequestError` for the first request that fails, ``EngineError`` when the
+        servers fall silent, and ``RolloutError`` when :meth:`interrupt` is called.
         """
         try:
             return asyncio.run(self._ask(requests, n, progress))
@@ -96,7 +96,7 @@ class Asker:
             )
             if not done:
                 urls = ", ".join(server.url for server in self.servers)
-                raise RolloutError(
+                raise EngineError(
                     f"no answer from {urls} for {self.timeout:.0f} s with {len(waiting)} requests "
                     "out; look at its log, or raise rollout.server_timeout"
                 )

@@ -8,7 +8,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mmedx_fast.model_files import local_folder, read_tensors, tensor_files
 from mmedx_fast.prompts import PromptBuilder, Question
 from mmedx_fast.rollout.base import (
     BASE_VERSION,
+    EngineError,
     EngineStats,
     Progress,
     Request,
@@ -34,6 +35,7 @@ from mmedx_fast.rollout.base import (
 )
 from mmedx_fast.rollout.prefix import PrefixSharing
 from mmedx_fast.rollout.vllm_options import engine_options
+from mmedx_fast.rollout.watchdog import Watchdog
 
 
 class VllmEngine:
@@ -72,6 +74,7 @@ class VllmEngine:
         self._lora = lora
         self._request: Any = None
         self._loads = 0
+        self._timeout = rollout.timeout
         self._sleeps = rollout.sleep and self.device == "cuda"
         self._model_path = model.path
         self._workers = rollout.tensor_parallel_size > 1
@@ -130,7 +133,8 @@ class VllmEngine:
     def _run(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None
     ) -> list[Any]:
-        """Queue all requests, step until all are done; whatever fails, leave no request behind."""
+        """Queue all requests, step until all are done; leave no request behind in an engine that
+        lives."""
         engine = self._engine
         names: list[str] = []
         outputs: list[Any] = [None] * len(requests)
@@ -141,18 +145,48 @@ class VllmEngine:
             # Outputs carry the name without the random suffix that enqueue() returns.
             index_of = {name.rpartition("-")[0] or name: i for i, name in enumerate(names)}
             done = 0
-            while engine.has_unfinished_requests():
-                for output in self._step():
-                    if output.finished:
-                        outputs[index_of[output.request_id]] = output
-                        done += len(output.outputs)
-                        if progress:
-                            progress(done, total)
+            with contextlib.closing(self._finished()) as finished:
+                for output in finished:
+                    outputs[index_of[output.request_id]] = output
+                    done += len(output.outputs)
+                    if progress:
+                        progress(done, total)
+        except EngineError:
+            raise
         except BaseException:
             if names:
                 engine.abort_request(names, internal=True)
             raise
         return outputs
+
+    def _finished(self) -> Generator[Any, None, None]:
+        """Step until no request is left; the finished ones as they come. To be closed.
+
+        Raises ``EngineError`` when no token was made for ``rollout.timeout`` seconds. Where the engine
+        does not even come back, the watchdog ends the process.
+        """
+        made, since, looked = self._tokens_made(), time.monotonic(), time.monotonic()
+        with Watchdog(self._timeout, "vLLM") as watchdog:
+            while self._engine.has_unfinished_requests():
+                outputs = self._step()
+                watchdog.beat()
+                yield from (output for output in outputs if output.finished)
+                watchdog.beat()  # the time in between was the caller's
+                if time.monotonic() - looked < min(1.0, self._timeout / 4):
+                    continue
+                before, made, looked = made, self._tokens_made(), time.monotonic()
+                if outputs or made != before:
+                    since = looked
+                elif looked - since > self._timeout:
+                    raise EngineError(
+                        f"vLLM has made no token for {looked - since:.0f} s (rollout.timeout = "
+                        f"{self._timeout:g})"
+                    )
+
+    def _tokens_made(self) -> tuple[int, int]:
+        """Prompt and response tokens since the engine started."""
+        counters = self._metrics()
+        return counters["vllm:prompt_tokens"], counters["vllm:generation_tokens"]
 
     def load_adapter(self, folder: str | Path | None, version: int) -> None:
         old = self._request
@@ -269,6 +303,7 @@ class VllmEngine:
 
     def _enqueue(self, request: Request, sampling: Sampling, seed: int) -> str:
         from vllm import SamplingParams
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         question, guideline = request
         params = SamplingParams(
@@ -290,6 +325,8 @@ class VllmEngine:
                 lora_request=self._request,
                 use_tqdm=False,
             )
+        except EngineDeadError as error:
+            raise EngineError(f"vLLM is dead: {error}") from error
         except Exception as error:
             raise RolloutError(
                 f"question {question.id!r}: vLLM refuses its prompt: {error}"
@@ -300,7 +337,7 @@ class VllmEngine:
         try:
             return self._engine.step()
         except Exception as error:
-            raise RolloutError(f"vLLM failed while generating: {error}") from error
+            raise EngineError(f"vLLM failed while generating: {error!r}") from error
 
     def _rollout(
         self, index: int, request: Request, prompt: list[int], output: Any, completion: Any
@@ -326,11 +363,12 @@ class VllmEngine:
         )
 
     def _read_counters(self) -> tuple[int, int]:
-        values = {metric.name: getattr(metric, "value", 0) for metric in self._llm.get_metrics()}
-        return (
-            int(values["vllm:prefix_cache_queries"]),
-            int(values["vllm:prefix_cache_hits"]),
-        )
+        counters = self._metrics()
+        return counters["vllm:prefix_cache_queries"], counters["vllm:prefix_cache_hits"]
+
+    def _metrics(self) -> dict[str, int]:
+        """vLLM's counters by name."""
+        return {metric.name: int(getattr(metric, "value", 0)) for metric in self._llm.get_metrics()}
 
 
 def _start(options: dict[str, Any]) -> Any:

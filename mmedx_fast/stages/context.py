@@ -21,6 +21,7 @@ from mmedx_fast.data.records import Record
 from mmedx_fast.progress import progress
 from mmedx_fast.prompts import PromptBuilder, PromptError, Question
 from mmedx_fast.rollout import BASE_VERSION, RolloutEngine, create_engine
+from mmedx_fast.rollout.restart import RestartingEngine
 from mmedx_fast.run_folder import RunFolder, write_text
 
 LOG = logging.getLogger(__name__)
@@ -94,20 +95,22 @@ class Context:
     def engine(self) -> RolloutEngine:
         """The run's rollout engine, started on first use and kept: starting one takes seconds."""
         if self._engine is None:
-            longest = max(
-                self.cfg.rollout.max_completion_length, self.cfg.eval.max_completion_length
-            )
-            self._engine = create_engine(
-                self.model,
-                self.cfg.rollout,
-                self.builder,
-                max_model_len=self.cfg.data.max_prompt_length + longest,
-                max_images=self.max_images,
-                seed=self.cfg.seed,
-                log=self.run.path / "server.log",
-            )
+            restarts = self.cfg.rollout.max_restarts
+            self._engine = RestartingEngine(self._start_engine, restarts, StageError)
             self._weights = self.model_path
         return self._engine
+
+    def _start_engine(self) -> RolloutEngine:
+        longest = max(self.cfg.rollout.max_completion_length, self.cfg.eval.max_completion_length)
+        return create_engine(
+            self.model,
+            self.cfg.rollout,
+            self.builder,
+            max_model_len=self.cfg.data.max_prompt_length + longest,
+            max_images=self.max_images,
+            seed=self.cfg.seed,
+            log=self.run.path / "server.log",
+        )
 
     def serve_weights(self, folder: Path, version: int = BASE_VERSION) -> RolloutEngine:
         """The engine with a model folder's full weights; they are read only when others were loaded.

@@ -7,6 +7,7 @@ once for all four guidelines.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ from mmedx_fast.stages.common import (
     is_done,
     load_progress,
     metrics_log,
-    own_rows,
     row_tokens,
     save_progress,
     seed_everything,
@@ -31,11 +31,15 @@ from mmedx_fast.stages.common import (
     take_over,
 )
 from mmedx_fast.stages.context import Context, StageError, batches
+from mmedx_fast.stages.guard import BadSteps, RowBound, StepRows, finite_loss
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmedx_fast.meter import StepRates
+    from mmedx_fast.planner import RowPlan
     from mmedx_fast.policy import Policy
-    from mmedx_fast.tree import Tree
+    from mmedx_fast.tree import PackedRow, Tree
 
 LOG = logging.getLogger(__name__)
 
@@ -133,8 +137,10 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
     )
     try:
         check_tree(policy, questions[0], [key or None for key in questions[0].record.reasoning])
-        done, meter_state, _ = load_progress(stage, policy)
+        done, meter_state, extra = load_progress(stage, policy)
         meter, rates = PhaseMeter(meter_state), step_rates(policy, cfg)
+        bound = RowBound(cfg.gba, extra.get("row_tokens"))
+        bad_steps = BadSteps(stage, dsa.optimizer, "dsa.optimizer", extra.get("bad_steps", 0))
         order = list(
             batches(len(questions), dsa.questions_per_step, dsa.steps, (cfg.seed, specialty))
         )
@@ -144,14 +150,17 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
             StopSignal() as stop,
         ):
             for step in range(done + 1, dsa.steps + 1):
-                picked = [questions[i] for i in order[step - 1]]
-                metrics = _update(policy, picked, step, meter, rates, ctx)
+                batch = [questions[i] for i in order[step - 1]]
+                metrics, raw = _update(policy, batch, step, meter, rates, ctx, bound)
+                records = partial(_records, batch, step, ctx)
+                bad_steps.check(step, metrics, raw, records)
                 taken = meter.take()
-                log.log(step, metrics | taken | rates.take(taken, len(picked)))
+                log.log(step, metrics | taken | rates.take(taken, len(batch)))
                 stopping = stop.agreed()
                 due = step % dsa.save_steps == 0 or stopping
                 if due and step < dsa.steps:
-                    save_progress(stage, step, policy, meter, cfg, {})
+                    extra = {"row_tokens": bound.tokens, "bad_steps": bad_steps.in_a_row}
+                    save_progress(stage, step, policy, meter, cfg, extra)
                     if stopping:
                         raise Stopped(f"DSA {specialty} stopped after step {step}; it is saved")
                 bar.update(1, loss=metrics["loss"])
@@ -169,8 +178,32 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
                 "phases": phases,
             },
         )
+        if stop.agreed():
+            raise Stopped(f"DSA {specialty} is finished")
     finally:
         policy.close()
+
+
+def _batch_trees(questions: list[Question], step: int, ctx: Context) -> tuple[list[Tree], int]:
+    """A tree per question with the traces whose turn it is, and all their target tokens."""
+    traces = ctx.cfg.dsa.traces_per_question
+    made = [sft_tree(question, traces, step + n) for n, question in enumerate(questions)]
+    return [tree for tree, _ in made], sum(sum(lengths) for _, lengths in made)
+
+
+def _records(questions: list[Question], step: int, ctx: Context) -> list[dict[str, Any]]:
+    """What a step learns from, a mapping per trace."""
+    trees, _ = _batch_trees(questions, step, ctx)
+    return [
+        {
+            "id": question.id,
+            "text": question.builder.tokenizer.decode(branch.response_ids),
+            "prompt_ids": list(branch.prompt_ids),
+            "token_ids": list(branch.response_ids),
+        }
+        for question, tree in zip(questions, trees, strict=True)
+        for branch in tree.branches
+    ]
 
 
 def _update(
@@ -180,26 +213,38 @@ def _update(
     meter: Any,
     rates: StepRates,
     ctx: Context,
-) -> dict[str, float]:
-    """One optimizer step: the mean over all target tokens of the batch's negative log-likelihood."""
+    bound: RowBound,
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """One optimizer step: the mean over all target tokens of the batch's negative log-likelihood.
+
+    Returns (metrics, the raw ones of every row).
+    """
     import torch
 
     from mmedx_fast.ops import merge_metrics
 
     with meter.phase("data"):
-        traces = ctx.cfg.dsa.traces_per_question
-        made = [sft_tree(question, traces, step + n) for n, question in enumerate(questions)]
-        tokens = sum(sum(lengths) for _, lengths in made)
-        plans = own_rows(policy, [tree for tree, _ in made], ctx.cfg.gba)
-        rows = [plan.pack(policy.rope_index) for plan in plans]
-        plain, computed = row_tokens(rows)
-        rates.add(rows)
-    raw = []
-    with meter.phase("train", tokens=computed):
-        for plan, row in zip(plans, rows, strict=True):
-            # A row without work takes part with weight 0.
-            weight = torch.full(row.targets.shape, 1.0 / tokens if plan.branches else 0.0)
-            raw.append(policy.sft_backward(row, weight))
-        stepped = policy.step()
-    loss = merge_metrics(all_parts(raw))["sum:loss"]
-    return {"loss": loss, "tokens_saved": plain / computed, **stepped}
+        trees, tokens = _batch_trees(questions, step, ctx)
+
+    def pack(plans: list[RowPlan]) -> list[tuple[PackedRow, Tensor]]:
+        with meter.phase("data"):
+            made = [plan.pack(policy.rope_index) for plan in plans]
+        # A row without work takes part with weight 0.
+        shares = [1.0 / tokens if plan.branches else 0.0 for plan in plans]
+        return [
+            (row, torch.full(row.targets.shape, share))
+            for row, share in zip(made, shares, strict=True)
+        ]
+
+    def backward(packed: list[tuple[PackedRow, Tensor]]) -> list[dict[str, float]]:
+        return [policy.sft_backward(row, weight) for row, weight in packed]
+
+    rows = StepRows(policy, trees, bound, pack)
+    with meter.phase("train"):
+        raw = all_parts(rows.run(backward))
+        stepped = policy.step(refuse=not finite_loss(raw))
+    rates.add(row for row, _ in rows.packed)
+    plain, computed = row_tokens(row for row, _ in rows.packed)
+    meter.add("train", tokens=computed)
+    loss = merge_metrics(raw)["sum:loss"]
+    return {"loss": loss, "tokens_saved": plain / computed, **stepped}, raw

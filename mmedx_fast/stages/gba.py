@@ -13,6 +13,8 @@ import json
 import logging
 import math
 import shutil
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from mmedx_fast.config import deepspeed_settings
 from mmedx_fast.progress import progress
 from mmedx_fast.prompts import Question
 from mmedx_fast.rollout import Rollout, RolloutEngine, Sampling
+from mmedx_fast.rollout.restart import Weights
 from mmedx_fast.run_folder import Stage, write_folder, write_text
 from mmedx_fast.stages.ahead import Ahead, Batch
 from mmedx_fast.stages.common import (
@@ -32,7 +35,6 @@ from mmedx_fast.stages.common import (
     is_done,
     load_progress,
     metrics_log,
-    own_rows,
     row_tokens,
     save_progress,
     seed_everything,
@@ -41,11 +43,13 @@ from mmedx_fast.stages.common import (
 )
 from mmedx_fast.stages.context import Context, StageError, batches
 from mmedx_fast.stages.dsa import expert_adapter
+from mmedx_fast.stages.guard import BadSteps, RowBound, StepRows, finite_loss
 from mmedx_fast.stages.rollouts import (
     gather_rollouts,
     own_share,
     reward_columns,
     rollout_metrics,
+    rollout_records,
     rollout_trees,
 )
 
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from mmedx_fast.cost import PhaseMeter
     from mmedx_fast.ops import PolicyLossSpec
     from mmedx_fast.planner import RowPlan
+    from mmedx_fast.policy import Use
     from mmedx_fast.tree import PackedRow
 
 LOG = logging.getLogger(__name__)
@@ -127,6 +132,19 @@ def run_gba(ctx: Context) -> dict[str, Any]:
     return stage.result()
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """The packed rows of a step, and what the loss needs beside them, an entry per row."""
+
+    rows: list[PackedRow]
+    members: list[list[int]]
+    """For each branch of a row its rollout."""
+    tensors: list[dict[str, Tensor]]
+    weights: list[Tensor]
+    tokens: tuple[int, int]
+    """As plain rows, and as computed; all ranks together."""
+
+
 class _Trainer:
     """State of one GBA run; ``run`` reads as the algorithm."""
 
@@ -178,6 +196,10 @@ class _Trainer:
             self.rates = step_rates(self.policy, self.cfg, full=self.gba.finetuning_type == "full")
             if self.async_steps and 0 < done < self.gba.steps and ranks.is_main():
                 self.ahead.restore(extra.get("ahead"), done + 1, self.questions_of(done + 1))
+            self.bound = RowBound(self.gba, extra.get("row_tokens"))
+            self.bad_steps = BadSteps(
+                self.stage, self.gba.optimizer, "gba.optimizer", extra.get("bad_steps", 0)
+            )
             tb = self.ctx.run.path / "tb" / self.stage.name
             with (
                 metrics_log(self.stage, tb, done) as log,
@@ -195,12 +217,19 @@ class _Trainer:
                     stopping = stop.agreed()
                     due = step % self.gba.save_steps == 0 or stopping
                     if due and step < self.gba.steps:
-                        extra = {"ahead": self.ahead.state(step + 1)} if self.async_steps else {}
+                        extra = {
+                            "row_tokens": self.bound.tokens,
+                            "bad_steps": self.bad_steps.in_a_row,
+                        }
+                        if self.async_steps:
+                            extra["ahead"] = self.ahead.state(step + 1)
                         save_progress(self.stage, step, self.policy, self.meter, self.cfg, extra)
                         if stopping:
                             raise Stopped(f"GBA stopped after step {step}; it is saved")
                     bar.update(1, reward=metrics["reward"])
             self._finish(checksum)
+            if stop.agreed():
+                raise Stopped("GBA is finished")
         finally:
             self.ahead.close()
             self.policy.close()
@@ -214,7 +243,11 @@ class _Trainer:
             advantages, use, metrics = self.advantages(rollouts, scores)
         if ranks.is_main():
             self.keep_samples(step, columns, scores, advantages)
-        metrics |= self.update(questions, rollouts, advantages, use)
+        learnt, raw = self.update(questions, rollouts, advantages, use)
+        metrics |= learnt
+        if raw:
+            records = partial(rollout_records, columns, rollouts, scores, advantages, use)
+            self.bad_steps.check(step, learnt, raw, partial(records, self.rewards.names))
         self.sync(step)
         metrics["rollout/version_lag"] = float(step - 1 - made.version)
         if made.hit_rate is not None:
@@ -269,7 +302,7 @@ class _Trainer:
             engine = self.ctx.engine
             if self.full and engine.takes_tensors:
                 engine.wake()
-                self.ctx.serve_trained(self.policy.weights(), version=step)
+                self.ctx.serve_trained(Weights(self.policy.weights), version=step)
             else:
                 self._sync_folder(engine, step)
 
@@ -351,41 +384,67 @@ class _Trainer:
 
     def update(
         self, questions: list[Question], rollouts: list[Rollout], advantages: Tensor, use: Tensor
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """(metrics, the raw ones of every row); without rows where no rollout trains."""
         from mmedx_fast.ops import reduce_metrics
 
         chosen = [i for i, used in enumerate(use.tolist()) if used]
         if not chosen:
             # Nothing to learn from: no gradient, but the step counts, so that the schedule holds.
-            return {"skipped": 1.0, "tokens_saved": math.nan}
-        with self.meter.phase("pack"):
-            trees, flat = rollout_trees(questions, rollouts, chosen)
-            plans = own_rows(self.policy, trees, self.gba)
-            rows = [self.policy.with_image_features(p.pack(self.policy.rope_index)) for p in plans]
-        batch = [
-            self._targets(plan, row, flat, rollouts, advantages)
-            for plan, row in zip(plans, rows, strict=True)
+            self.policy.skip(self.gba.num_iterations)
+            return {"skipped": 1.0, "tokens_saved": math.nan}, []
+        trees, flat = rollout_trees(questions, rollouts, chosen)
+        fixed: dict[str, dict[int, Tensor]] = {}
+        pack = partial(self._pack, flat, chosen, rollouts, advantages, fixed)
+        rows = StepRows(self.policy, trees, self.bound, pack)
+        for later in reversed(range(self.gba.num_iterations)):
+            with self.meter.phase("train"):
+                raw = all_parts(rows.run(self._backward))
+                stepped = self.policy.step(refuse=not finite_loss(raw))
+            plain, computed = rows.packed.tokens
+            self.meter.add("train", tokens=computed)
+            self.rates.add(rows.packed.rows)
+            metrics = reduce_metrics(raw) | stepped
+            if stepped["skipped"]:
+                self.policy.skip(later)
+                break
+            self._check_mismatch(metrics.get("sampling/sampling_logp_difference/mean", 0.0))
+        return metrics | {"tokens_saved": plain / computed}, raw
+
+    def _backward(self, batch: _Batch) -> list[dict[str, float]]:
+        """Gradients of all rows; their raw metrics."""
+        return [
+            self.policy.backward(row, token_weight=weight, spec=self.spec, **tensors)
+            for row, weight, tensors in zip(batch.rows, batch.weights, batch.tensors, strict=True)
         ]
-        weights = self._weights(plans, rows, rollouts, chosen, self.spec.loss_type)
+
+    def _pack(
+        self,
+        flat: list[int],
+        chosen: list[int],
+        rollouts: list[Rollout],
+        advantages: Tensor,
+        fixed: dict[str, dict[int, Tensor]],
+        plans: list[RowPlan],
+    ) -> _Batch:
+        with self.meter.phase("pack"):
+            rows = [self.policy.with_image_features(p.pack(self.policy.rope_index)) for p in plans]
+        batch = _Batch(
+            rows,
+            [[flat[branch] for branch in plan.branches] for plan in plans],
+            [
+                self._targets(plan, row, flat, rollouts, advantages)
+                for plan, row in zip(plans, rows, strict=True)
+            ],
+            self._weights(plans, rows, rollouts, chosen, self.spec.loss_type),
+            row_tokens(rows),
+        )
         if self.spec.entropy_coef:  # TRL's bonus is a plain mean over tokens whatever the loss type
             means = self._weights(plans, rows, rollouts, chosen, "dapo")
-            for tensors, mean in zip(batch, means, strict=True):
+            for tensors, mean in zip(batch.tensors, means, strict=True):
                 tensors["entropy_weight"] = mean
-        plain, computed = row_tokens(rows)
-        self.rates.add(rows, self.gba.num_iterations)
-        self._fixed_passes(rows, batch, computed)
-        metrics: dict[str, float] = {}
-        for _ in range(self.gba.num_iterations):
-            with self.meter.phase("train", tokens=computed):
-                raw = [
-                    self.policy.backward(row, token_weight=weight, spec=self.spec, **tensors)
-                    for row, weight, tensors in zip(rows, weights, batch, strict=True)
-                ]
-                stepped = self.policy.step()
-            metrics = reduce_metrics(all_parts(raw)) | stepped
-        mismatch = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
-        self._check_mismatch(mismatch)
-        return metrics | {"skipped": 0.0, "tokens_saved": plain / computed}
+        self._fixed_passes(batch, fixed)
+        return batch
 
     def _targets(
         self,
@@ -432,21 +491,35 @@ class _Trainer:
             for plan, row in zip(plans, rows, strict=True)
         ]
 
-    def _fixed_passes(
-        self, rows: list[PackedRow], batch: list[dict[str, Tensor]], computed: int
-    ) -> None:
-        """Old log-probs when a batch is used more than once; reference ones only with a KL term."""
-        temperature = self.spec.temperature
+    def _fixed_passes(self, batch: _Batch, fixed: dict[str, dict[int, Tensor]]) -> None:
+        """Old log-probs when a batch is used more than once; reference ones only with a KL term.
+
+        ``fixed`` keeps them by rollout, for rows that are packed anew after the policy has changed.
+        """
+        import torch
+
+        passes: dict[str, Use] = {}
         if self.gba.num_iterations > 1:
-            with self.meter.phase("old_logprob", tokens=computed):
-                for row, tensors in zip(rows, batch, strict=True):
-                    tensors["old_logprob"] = self.policy.logprobs(row, temperature=temperature)[0]
+            passes["old_logprob"] = "policy"
         if self.spec.beta > 0:
-            with self.meter.phase("ref_logprob", tokens=computed):
-                for row, tensors in zip(rows, batch, strict=True):
-                    tensors["ref_logprob"] = self.policy.logprobs(
-                        row, temperature=temperature, use="reference"
+            passes["ref_logprob"] = "reference"
+        for name, use in passes.items():
+            if name in fixed:
+                for members, tensors in zip(batch.members, batch.tensors, strict=True):
+                    tensors[name] = torch.cat([fixed[name][i] for i in members])
+                continue
+            with self.meter.phase(name, tokens=batch.tokens[1]):
+                for row, tensors in zip(batch.rows, batch.tensors, strict=True):
+                    tensors[name] = self.policy.logprobs(
+                        row, temperature=self.spec.temperature, use=use
                     )[0]
+            fixed[name] = {
+                rollout: tensors[name][row.branch_index == branch]
+                for row, members, tensors in zip(
+                    batch.rows, batch.members, batch.tensors, strict=True
+                )
+                for branch, rollout in enumerate(members)
+            }
 
     def _check_mismatch(self, mismatch: float) -> None:
         if not mismatch <= self.gba.max_rollout_mismatch:

@@ -10,6 +10,9 @@ from mmedx_fast.prompts import Question
 from mmedx_fast.rollout import Rollout, RolloutEngine
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from mmedx_fast.tree import Tree
 
 
@@ -72,6 +75,33 @@ def rollout_trees(
         trees.append(Tree(branches, question.pixel_values, question.image_grid_thw, question.id))
         flat.extend(members)
     return trees, flat
+
+
+def rollout_records(
+    columns: dict[str, list[Any]],
+    rollouts: Sequence[Rollout],
+    scores: np.ndarray,
+    advantages: Tensor,
+    use: Tensor,
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Everything an update was made of, a mapping per rollout; ``names`` are the rewards'."""
+    return [
+        {
+            "id": columns["id"][i],
+            "guideline": rollout.guideline,
+            "sample": rollout.sample,
+            "text": rollout.text,
+            "finish_reason": rollout.finish_reason,
+            "rewards": dict(zip(names, scores[i].tolist(), strict=True)),
+            "advantage": float(advantages[i]),
+            "trained": bool(use[i]),
+            "prompt_ids": rollout.prompt_ids,
+            "token_ids": rollout.token_ids,
+            "logprobs": rollout.logprobs,
+        }
+        for i, rollout in enumerate(rollouts)
+    ]
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
