@@ -17,6 +17,30 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mmedx_fast._paths import find_config
 from mmedx_fast.data.records import GUIDELINE_NAMES, SPECIALTIES
 
+HOW = (
+    "model.gradient_checkpointing",
+    "model.offline",
+    "dsa.save_steps",
+    "gba.save_steps",
+    "gba.max_row_tokens",
+    "gba.max_response_tokens",
+    "gba.max_images",
+    "gba.max_shard_size",
+    "rollout.gpu_memory_utilization",
+    "rollout.kv_cache_memory_bytes",
+    "rollout.max_num_seqs",
+    "rollout.max_restarts",
+    "rollout.server_args",
+    "rollout.server_gpus",
+    "rollout.server_timeout",
+    "rollout.server_urls",
+    "rollout.sleep",
+    "rollout.tensor_parallel_size",
+    "rollout.timeout",
+)
+"""Settings of memory, machines and patience: another value changes results by rounding at most, so that a run
+that met the limits of its machine goes on with it instead of beginning again."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names file, key and value."""
@@ -399,8 +423,14 @@ class Config(Section):
         return self
 
     def fingerprint(self, *sections: str) -> str:
-        """A hash of the named sections: what a finished stage depends on."""
+        """A hash of the named sections, less :data:`HOW`: what a finished stage depends on."""
         data = self.model_dump(mode="json")
+        for name in HOW:
+            *parents, last = name.split(".")
+            node = data
+            for parent in parents:
+                node = node[parent]
+            del node[last]
         text = json.dumps({name: data[name] for name in sections}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -76,6 +76,19 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str | None, words: str) -> No
     assert "broken.yaml" in str(error.value)
 
 
+def test_a_run_that_met_its_machines_limits_goes_on_with_other_ones() -> None:
+    one = load_config(None, [])
+    how = ["gba.max_row_tokens=100", "rollout.gpu_memory_utilization=0.2", "rollout.timeout=5"]
+    server = ["rollout.server_urls=[http://other:1]", "rollout.engine=server"]
+    assert load_config(None, how).fingerprint("gba", "rollout") == one.fingerprint("gba", "rollout")
+    with_server = load_config(None, server)
+    elsewhere = load_config(None, ["rollout.server_urls=[http://a:2]", "rollout.engine=server"])
+    assert with_server.fingerprint("rollout") == elsewhere.fingerprint("rollout")
+    for field in ("gba.loss.beta=0.5", "rollout.temperature=0.5", "rollout.num_generations=3"):
+        section = field.split(".")[0]
+        assert load_config(None, [field]).fingerprint(section) != one.fingerprint(section)
+
+
 def test_fingerprint_sees_its_sections_and_no_others() -> None:
     one, two = Config(), load_config(None, ["gba.steps=3"])
     assert one.fingerprint("dsa", "lora") == two.fingerprint("dsa", "lora")

@@ -164,7 +164,7 @@ def test_token_weights_of_a_steps_rows_add_up_to_one_mean(loss_type: str) -> Non
     row without work weighs nothing."""
     from types import SimpleNamespace
 
-    from mmedx_fast.stages.gba import _Trainer
+    from mmedx_fast.stages.gba_update import Learner
 
     rollouts = [SimpleNamespace(token_ids=[7] * n) for n in (2, 3, 5)]
     rows = [
@@ -173,8 +173,8 @@ def test_token_weights_of_a_steps_rows_add_up_to_one_mean(loss_type: str) -> Non
         SimpleNamespace(branch_index=torch.tensor([0])),
     ]
     plans = [SimpleNamespace(branches=branches) for branches in ((0, 1), (2,), ())]
-    trainer = SimpleNamespace(cfg=SimpleNamespace(rollout=SimpleNamespace(max_completion_length=5)))
-    weights = _Trainer._weights(trainer, plans, rows, rollouts, [0, 1, 2], loss_type)
+    learner = SimpleNamespace(cfg=SimpleNamespace(rollout=SimpleNamespace(max_completion_length=5)))
+    weights = Learner._weights(learner, plans, rows, rollouts, [0, 1, 2], loss_type)
     expected = {
         "grpo": [1 / 6, 1 / 6, 1 / 9, 1 / 9, 1 / 9] + [1 / 15] * 5,
         "bnpo": [0.1] * 10,

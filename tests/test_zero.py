@@ -22,7 +22,7 @@ from mmedx_fast.ops import PolicyLossSpec, merge_metrics
 from mmedx_fast.planner import plan_ranks
 from mmedx_fast.policy import Policy
 from mmedx_fast.rollout import Rollout
-from mmedx_fast.stages import dsa, gba, guard
+from mmedx_fast.stages import dsa, gba_update, guard
 from mmedx_fast.stages.common import step_rates
 
 CASES = [("frozen", 1), ("trained", 2), ("frozen", 3), ("trained", 3)]
@@ -148,7 +148,8 @@ def train_full(base, stage, tower, dtype="float32", folder=None):
 
 def stage_steps(base, zero):
     """What an update of GBA and one of DSA report, on rows of the same questions."""
-    cfg = load_config(find_config("demo.yaml"), ["gba.max_row_tokens=120", "gba.loss.beta=0.01"])
+    overrides = ["gba.max_row_tokens=120", "gba.loss.beta=0.01", "gba.max_rollout_mismatch=99.0"]
+    cfg = load_config(find_config("demo.yaml"), overrides)
     policy = Policy.load(
         base,
         model=ModelConfig(dtype="float32", gradient_checkpointing=False),
@@ -168,16 +169,13 @@ def stage_steps(base, zero):
         SimpleNamespace(pixel_values=t.pixel_values, image_grid_thw=t.image_grid_thw, id=t.name)
         for t in trees
     ]
-    trainer = object.__new__(gba._Trainer)
-    trainer.policy, trainer.cfg, trainer.meter = policy, cfg, meter
-    trainer.gba = cfg.gba.model_copy(update={"max_rollout_mismatch": 99.0})
-    trainer.spec = PolicyLossSpec(beta=0.01)
+    bound, rates = guard.RowBound(cfg.gba), step_rates(policy, cfg)
+    learner = gba_update.Learner(cfg, policy, meter, rates, bound)
     advantages = torch.cos(torch.arange(len(rollouts)).float())
-    trainer.bound, trainer.rates = guard.RowBound(cfg.gba), step_rates(policy, cfg)
-    first, _ = trainer.update(asked, rollouts, advantages, torch.arange(len(rollouts)) != 4)
+    first, _ = learner.update(asked, rollouts, advantages, torch.arange(len(rollouts)) != 4)
     nan = torch.where(torch.arange(len(rollouts)) == 0, math.nan, advantages)
     before = policy.state()
-    skipped, _ = trainer.update(asked, rollouts, nan, torch.arange(len(rollouts)) >= 0)
+    skipped, _ = learner.update(asked, rollouts, nan, torch.arange(len(rollouts)) >= 0)
     after = policy.state()
     untouched = all(torch.equal(after[0][key], value) for key, value in before[0].items())
     found = [

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +28,11 @@ from mmedx_fast.stages.ahead import Ahead, Batch
 from mmedx_fast.stages.common import (
     Stopped,
     StopSignal,
-    all_parts,
     check_tree,
     finish,
     is_done,
     load_progress,
     metrics_log,
-    row_tokens,
     save_progress,
     seed_everything,
     step_rates,
@@ -43,14 +40,14 @@ from mmedx_fast.stages.common import (
 )
 from mmedx_fast.stages.context import Context, StageError, batches
 from mmedx_fast.stages.dsa import expert_adapter
-from mmedx_fast.stages.guard import BadSteps, RowBound, StepRows, finite_loss
+from mmedx_fast.stages.gba_update import Learner, rollout_advantages
+from mmedx_fast.stages.guard import BadSteps, RowBound
 from mmedx_fast.stages.rollouts import (
     gather_rollouts,
     own_share,
     reward_columns,
     rollout_metrics,
     rollout_records,
-    rollout_trees,
 )
 
 if TYPE_CHECKING:
@@ -58,10 +55,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmedx_fast.cost import PhaseMeter
-    from mmedx_fast.ops import PolicyLossSpec
-    from mmedx_fast.planner import RowPlan
-    from mmedx_fast.policy import Use
-    from mmedx_fast.tree import PackedRow
 
 LOG = logging.getLogger(__name__)
 SAMPLES_KEPT = 16
@@ -69,16 +62,7 @@ SAMPLES_KEPT = 16
 
 def gba_stage(ctx: Context) -> Stage:
     """The stage's place in the run folder, under the settings its result depends on."""
-    sections: tuple[str, ...] = (
-        "seed",
-        "model",
-        "data",
-        "phantom",
-        "lora",
-        "rollout",
-        "gba",
-        "deepspeed",
-    )
+    sections: tuple[str, ...] = ("seed", "model", "data", "phantom", "lora", "rollout", "gba")
     if ctx.cfg.gba.start != "base":
         sections = (*sections, "dsa")
     return ctx.run.stage("gba", ctx.cfg.fingerprint(*sections))
@@ -132,19 +116,6 @@ def run_gba(ctx: Context) -> dict[str, Any]:
     return stage.result()
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """The packed rows of a step, and what the loss needs beside them, an entry per row."""
-
-    rows: list[PackedRow]
-    members: list[list[int]]
-    """For each branch of a row its rollout."""
-    tensors: list[dict[str, Tensor]]
-    weights: list[Tensor]
-    tokens: tuple[int, int]
-    """As plain rows, and as computed; all ranks together."""
-
-
 class _Trainer:
     """State of one GBA run; ``run`` reads as the algorithm."""
 
@@ -157,7 +128,6 @@ class _Trainer:
         self.full = self.gba.finetuning_type == "full"
         self.questions = ctx.questions("train")
         self.rewards = RewardRunner([(r.name, r.weight, dict(r.kwargs)) for r in self.gba.rewards])
-        self.spec = _loss_spec(ctx)
         self.async_steps = ctx.cfg.rollout.async_steps
         self.ahead = Ahead(self.make, lambda: ctx.engine.interrupt())
         self.order = list(
@@ -196,7 +166,8 @@ class _Trainer:
             self.rates = step_rates(self.policy, self.cfg, full=self.gba.finetuning_type == "full")
             if self.async_steps and 0 < done < self.gba.steps and ranks.is_main():
                 self.ahead.restore(extra.get("ahead"), done + 1, self.questions_of(done + 1))
-            self.bound = RowBound(self.gba, extra.get("row_tokens"))
+            bound = RowBound(self.gba, extra.get("row_tokens"))
+            self.learner = Learner(self.cfg, self.policy, self.meter, self.rates, bound)
             self.bad_steps = BadSteps(
                 self.stage, self.gba.optimizer, "gba.optimizer", extra.get("bad_steps", 0)
             )
@@ -218,7 +189,7 @@ class _Trainer:
                     due = step % self.gba.save_steps == 0 or stopping
                     if due and step < self.gba.steps:
                         extra = {
-                            "row_tokens": self.bound.tokens,
+                            "row_tokens": self.learner.bound.tokens,
                             "bad_steps": self.bad_steps.in_a_row,
                         }
                         if self.async_steps:
@@ -239,11 +210,11 @@ class _Trainer:
         rollouts, made = self.generate(step, questions)
         with self.meter.phase("reward"):
             columns = reward_columns(questions, rollouts)
-            scores = self._scores(columns)
+            scores = self.scores(columns)
             advantages, use, metrics = self.advantages(rollouts, scores)
         if ranks.is_main():
             self.keep_samples(step, columns, scores, advantages)
-        learnt, raw = self.update(questions, rollouts, advantages, use)
+        learnt, raw = self.learner.update(questions, rollouts, advantages, use)
         metrics |= learnt
         if raw:
             records = partial(rollout_records, columns, rollouts, scores, advantages, use)
@@ -324,9 +295,9 @@ class _Trainer:
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
 
-    # -- advantages ------------------------------------------------------------------------------
+    # -- rewards ---------------------------------------------------------------------------------
 
-    def _scores(self, columns: dict[str, list[Any]]) -> np.ndarray:
+    def scores(self, columns: dict[str, list[Any]]) -> np.ndarray:
         """Rewards [B, M] float32. Rank 0's: the ranks must agree on what trains."""
         import numpy as np
 
@@ -338,196 +309,8 @@ class _Trainer:
     def advantages(
         self, rollouts: list[Rollout], scores: np.ndarray
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """(advantage [B], which rollouts train [B] bool, metrics)."""
-        import torch
-
-        from mmedx_fast.ops import guideline_advantages
-
-        adv = self.gba.advantage
-        names = list(self.gba.guidelines)
-        rewards = torch.from_numpy(scores)
-        group = torch.tensor([r.question for r in rollouts])
-        guideline = torch.tensor([names.index(r.guideline or "") for r in rollouts])
-        weights = None
-        if adv.guideline_weights is not None:
-            weights = torch.tensor([adv.guideline_weights.get(name, 1.0) for name in names])
-        values, stats = guideline_advantages(
-            rewards,
-            group,
-            guideline if adv.group_by == "guideline" else torch.zeros_like(guideline),
-            reward_weights=torch.tensor(self.rewards.weights, dtype=torch.float32),
-            guideline_weights=weights if adv.group_by == "guideline" else None,
-            combine=adv.combine,
-            scale=adv.scale,
-            within=adv.within,
-            between=adv.between,
-            baseline=adv.baseline,
-            eps=adv.eps,
-            ddof=adv.ddof,
-        )
-        use = stats.valid.clone()
-        if self.gba.filter_zero_variance:
-            use &= ~stats.zero_variance
-        metrics = {
-            "reward": float(stats.reward.nanmean()),
-            "reward_std": float(stats.question_mean(stats.sd_p)),
-            "frac_reward_zero_std": float(stats.question_mean(stats.zero_variance)),
-        }
-        for index, name in enumerate(self.rewards.names):
-            metrics[f"rewards/{name}/mean"] = float(stats.reward_mean[index])
-        for index, name in enumerate(names):
-            picked = stats.reward[guideline == index]
-            metrics[f"reward_guideline/{name}"] = float(picked.nanmean())
-        return values, use, metrics
-
-    # -- update ----------------------------------------------------------------------------------
-
-    def update(
-        self, questions: list[Question], rollouts: list[Rollout], advantages: Tensor, use: Tensor
-    ) -> tuple[dict[str, float], list[dict[str, float]]]:
-        """(metrics, the raw ones of every row); without rows where no rollout trains."""
-        from mmedx_fast.ops import reduce_metrics
-
-        chosen = [i for i, used in enumerate(use.tolist()) if used]
-        if not chosen:
-            # Nothing to learn from: no gradient, but the step counts, so that the schedule holds.
-            self.policy.skip(self.gba.num_iterations)
-            return {"skipped": 1.0, "tokens_saved": math.nan}, []
-        trees, flat = rollout_trees(questions, rollouts, chosen)
-        fixed: dict[str, dict[int, Tensor]] = {}
-        pack = partial(self._pack, flat, chosen, rollouts, advantages, fixed)
-        rows = StepRows(self.policy, trees, self.bound, pack)
-        for later in reversed(range(self.gba.num_iterations)):
-            with self.meter.phase("train"):
-                raw = all_parts(rows.run(self._backward))
-                stepped = self.policy.step(refuse=not finite_loss(raw))
-            plain, computed = rows.packed.tokens
-            self.meter.add("train", tokens=computed)
-            self.rates.add(rows.packed.rows)
-            metrics = reduce_metrics(raw) | stepped
-            if stepped["skipped"]:
-                self.policy.skip(later)
-                break
-            self._check_mismatch(metrics.get("sampling/sampling_logp_difference/mean", 0.0))
-        return metrics | {"tokens_saved": plain / computed}, raw
-
-    def _backward(self, batch: _Batch) -> list[dict[str, float]]:
-        """Gradients of all rows; their raw metrics."""
-        return [
-            self.policy.backward(row, token_weight=weight, spec=self.spec, **tensors)
-            for row, weight, tensors in zip(batch.rows, batch.weights, batch.tensors, strict=True)
-        ]
-
-    def _pack(
-        self,
-        flat: list[int],
-        chosen: list[int],
-        rollouts: list[Rollout],
-        advantages: Tensor,
-        fixed: dict[str, dict[int, Tensor]],
-        plans: list[RowPlan],
-    ) -> _Batch:
-        with self.meter.phase("pack"):
-            rows = [self.policy.with_image_features(p.pack(self.policy.rope_index)) for p in plans]
-        batch = _Batch(
-            rows,
-            [[flat[branch] for branch in plan.branches] for plan in plans],
-            [
-                self._targets(plan, row, flat, rollouts, advantages)
-                for plan, row in zip(plans, rows, strict=True)
-            ],
-            self._weights(plans, rows, rollouts, chosen, self.spec.loss_type),
-            row_tokens(rows),
-        )
-        if self.spec.entropy_coef:  # TRL's bonus is a plain mean over tokens whatever the loss type
-            means = self._weights(plans, rows, rollouts, chosen, "dapo")
-            for tensors, mean in zip(batch.tensors, means, strict=True):
-                tensors["entropy_weight"] = mean
-        self._fixed_passes(batch, fixed)
-        return batch
-
-    def _targets(
-        self,
-        plan: RowPlan,
-        row: PackedRow,
-        flat: list[int],
-        rollouts: list[Rollout],
-        advantages: Tensor,
-    ) -> dict[str, Tensor]:
-        """Per-target tensors of a row; its branch b is rollout ``flat[plan.branches[b]]``."""
-        import torch
-
-        if not plan.branches:  # without work: the numbers meet weight 0
-            nothing = torch.zeros(len(row.targets))
-            return {"advantages": nothing, "rollout_logprob": nothing}
-        members = [flat[branch] for branch in plan.branches]
-        sampled = torch.tensor([p for i in members for p in rollouts[i].logprobs])
-        return {
-            "advantages": advantages[torch.tensor(members)][row.branch_index],
-            "rollout_logprob": sampled,
-        }
-
-    def _weights(
-        self,
-        plans: list[RowPlan],
-        rows: list[PackedRow],
-        rollouts: list[Rollout],
-        chosen: list[int],
-        loss_type: str,
-    ) -> list[Tensor]:
-        """Token weights that add up over all rows of the step, all ranks together."""
-        from mmedx_fast.ops import token_weights
-
-        tokens = sum(len(rollouts[i].token_ids) for i in chosen)
-        return [
-            token_weights(
-                row.branch_index,
-                loss_type,
-                num_sequences=len(chosen),
-                num_items_in_batch=tokens,
-                max_completion_length=self.cfg.rollout.max_completion_length,
-            )
-            * (1.0 if plan.branches else 0.0)
-            for plan, row in zip(plans, rows, strict=True)
-        ]
-
-    def _fixed_passes(self, batch: _Batch, fixed: dict[str, dict[int, Tensor]]) -> None:
-        """Old log-probs when a batch is used more than once; reference ones only with a KL term.
-
-        ``fixed`` keeps them by rollout, for rows that are packed anew after the policy has changed.
-        """
-        import torch
-
-        passes: dict[str, Use] = {}
-        if self.gba.num_iterations > 1:
-            passes["old_logprob"] = "policy"
-        if self.spec.beta > 0:
-            passes["ref_logprob"] = "reference"
-        for name, use in passes.items():
-            if name in fixed:
-                for members, tensors in zip(batch.members, batch.tensors, strict=True):
-                    tensors[name] = torch.cat([fixed[name][i] for i in members])
-                continue
-            with self.meter.phase(name, tokens=batch.tokens[1]):
-                for row, tensors in zip(batch.rows, batch.tensors, strict=True):
-                    tensors[name] = self.policy.logprobs(
-                        row, temperature=self.spec.temperature, use=use
-                    )[0]
-            fixed[name] = {
-                rollout: tensors[name][row.branch_index == branch]
-                for row, members, tensors in zip(
-                    batch.rows, batch.members, batch.tensors, strict=True
-                )
-                for branch, rollout in enumerate(members)
-            }
-
-    def _check_mismatch(self, mismatch: float) -> None:
-        if not mismatch <= self.gba.max_rollout_mismatch:
-            raise StageError(
-                f"the rollout engine's log-probs differ from the trainer's by {mismatch:.3f} nat per "
-                f"token on average (gba.max_rollout_mismatch = {self.gba.max_rollout_mismatch}): the "
-                "engine serves other weights than the trainer has, or computes something else"
-            )
+        """See :func:`mmedx_fast.stages.gba_update.rollout_advantages`."""
+        return rollout_advantages(self.gba, self.rewards, rollouts, scores)
 
     # -- records ---------------------------------------------------------------------------------
 
@@ -582,10 +365,3 @@ class _Trainer:
 def _step_seed(seed: int, step: int) -> int:
     digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
     return int.from_bytes(digest[:6], "big")
-
-
-def _loss_spec(ctx: Context) -> PolicyLossSpec:
-    from mmedx_fast.ops import PolicyLossSpec
-
-    loss = ctx.cfg.gba.loss.model_dump()
-    return PolicyLossSpec(temperature=ctx.cfg.rollout.temperature, **loss)
