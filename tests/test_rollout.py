@@ -30,7 +30,8 @@ from mmedx_fast.rollout import (
     Sampling,
     create_engine,
 )
-from mmedx_fast.rollout.base import request_seeds
+from mmedx_fast.rollout.base import EngineError, request_seeds
+from mmedx_fast.rollout.restart import RestartingEngine, Weights
 from mmedx_fast.tiny import build_tiny
 
 MAX_TOKENS = 12
@@ -605,3 +606,27 @@ def test_sampling_is_checked():
     for bad in ({"n": 0}, {"max_tokens": 0}, {"greedy": True, "n": 2}, {"temperature": 2.5}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampling(**bad)
+
+
+def test_an_engine_that_is_started_anew_gets_the_trained_weights_again(world, monkeypatch):
+    trained = load_hf(world.folder)
+    peaky(trained, world.builder, seed=98)
+    names = {canonical(name): name for name in tensor_files(world.folder)}
+    live = {names[canonical(n)]: p.detach() for n, p in trained.named_parameters()}
+    made = []
+
+    def make():
+        made.append(engine(world, "transformers"))
+        return made[-1]
+
+    either = RestartingEngine(make, max_restarts=1)
+    either.update_weights(Weights(lambda: iter(live.items())), 7)
+    sampling = Sampling(n=1, max_tokens=MAX_TOKENS, seed=2)
+    want = either.generate(world.questions, ["analytic"], sampling)
+    monkeypatch.setattr(
+        made[0], "generate", lambda *_: (_ for _ in ()).throw(EngineError("broken"))
+    )
+    got = either.generate(world.questions, ["analytic"], sampling)
+    assert len(made) == 2 and either.version == 7 and not either.shared and either.takes_tensors
+    assert tokens(got) == tokens(want)
+    either.close()
