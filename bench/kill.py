@@ -38,9 +38,13 @@ SMALL = (
     "gba.loss.beta=0.01",
     "gba.filter_zero_variance=false",
     "rollout.num_generations=2",
-    "rollout.temperature=1.0",
+    "rollout.temperature=2.0",
+    "rollout.max_completion_length=24",
     "eval.max_completion_length=24",
 )
+REWARD = "def by_place(completions, **columns): return [i * 7 % 5 / 4 for i, _ in enumerate(completions)]"
+"""Gives answers of a few tokens something to learn from: a run without gradients could lose its optimizer
+and nobody would see it."""
 _CLOCKS = ("seconds", "phases", "tokens")
 """Keys of the summary that count what a killed run did twice."""
 
@@ -106,7 +110,10 @@ def start(
     Raises RuntimeError with the end of its output when it fails by itself.
     """
     command = [sys.executable, "-m", "mmedx_fast.cli", "run", options.config]
-    command += [f"run_dir={folder}", *SMALL, *options.overrides]
+    reward = folder.parent / "rewards.py"
+    reward.write_text(REWARD)
+    command += [f"run_dir={folder}", *SMALL, f"gba.rewards=[{{name: '{reward}:by_place'}}]"]
+    command += options.overrides
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     log = folder.with_suffix(".log")
     began = time.monotonic()
@@ -161,6 +168,10 @@ def main(arguments: list[str] | None = None) -> int:
     rng = random.Random(options.seed)
     _, length = start(folder / "unbroken", options)
     wanted = results(folder / "unbroken")
+    norms = [row["grad_norm"] for row in wanted["gba/metrics.jsonl"]]
+    if not all(norm > 1e-3 for norm in norms):
+        print(f"the unbroken run learns nothing: gradient norms {norms}")
+        return 1
     print(f"unbroken: {length:.1f} s, {len(wanted)} files compared ({folder})", flush=True)
     starts: list[Start] = []
     failed: dict[int, list[str]] = {}

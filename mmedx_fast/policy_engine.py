@@ -225,9 +225,11 @@ def _forget_backward(zero: Any, stage: int) -> None:
 
 
 def _release_partitions(engine: Any) -> None:
-    """Free what ZeRO-3 keeps alive after `destroy` through contexts that refer to it."""
-    from deepspeed.runtime.zero import parameter_offload
+    """Free what ZeRO-3 keeps alive after `destroy` through contexts that refer to it, and give torch
+    back its own `linear`, which ZeRO-3 replaces for the whole process."""
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
 
+    nn.functional.linear = partition_parameters.InsertPostInitMethodToModuleSubClasses.linear_bk
     module = engine.module
     vars(engine.optimizer).clear()
     stack = parameter_offload.FWD_MODULE_STACK

@@ -30,7 +30,10 @@ SMALL = [
     "gba.loss.beta=0.01",
     "gba.filter_zero_variance=false",
     "rollout.num_generations=2",
-    "rollout.temperature=1.0",
+    "rollout.temperature=2.0",
+    "rollout.max_completion_length=24",
+    "eval.max_completion_length=24",
+    f"gba.rewards=[{{name: '{ROOT}/tests/_rewards.py:by_place'}}]",
 ]
 
 

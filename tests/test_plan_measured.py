@@ -404,9 +404,9 @@ def test_weights_gradients_and_moments_are_the_measured_ones(stage, folders) -> 
 
 
 def _storages() -> dict[int, int]:
-    """Address -> bytes of every live tensor's memory."""
+    """Address -> bytes of every live tensor's memory; fake ones, which tracing leaves, have none."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
     stores = [x.untyped_storage() for x in tensors if x.device.type == "cpu"]
     return {store.data_ptr(): store.nbytes() for store in stores}

@@ -444,6 +444,7 @@ def test_four_policies_one_after_the_other_leave_no_memory_behind(base):
         )
 
     sizes = [live()]
+    linear = torch.nn.functional.linear
     for stage in (0, 2, 3, 0):
         policy = load(base, train=True, stage=stage)
         run_steps(policy, 1)
@@ -451,6 +452,7 @@ def test_four_policies_one_after_the_other_leave_no_memory_behind(base):
         policy.close()
         del policy
         sizes.append(live())
+        assert torch.nn.functional.linear is linear  # ZeRO-3 has one of its own
     assert held > 500_000
     assert max(sizes) - sizes[0] < 20_000, sizes
 
