@@ -102,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("dsa", "eval"):
             what = "specialty" if name == "dsa" else "model"
             sub.add_argument("--only", action="append", metavar=what.upper(), help=f"one {what}")
+        if name in ("dsa", "gba"):
+            sub.add_argument(
+                "--plan", action="store_true", help="show the first step's packed rows and stop"
+            )
         if name == "plan":
             sub.add_argument("--gpu", default="h200", help="a100, h100, h200, b200, l40s, rtx4090")
             sub.add_argument("--gpus", type=int, default=1, help="how many (default %(default)s)")
@@ -163,6 +167,15 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _dsa(options: argparse.Namespace) -> int:
+    if options.plan:
+
+        def plans(ctx: Context) -> list[str]:
+            from mmedx_fast.stages.row_plan import dsa_plan
+
+            return [dsa_plan(ctx, name) for name in _only(options, ctx.cfg.dsa.specialties)]
+
+        return _in_context(options, plans, lambda ctx, tables: print("\n\n".join(tables)))
+
     def work(ctx: Context) -> dict[str, dict[str, Any]]:
         from mmedx_fast.stages.dsa import run_dsa
 
@@ -178,6 +191,15 @@ def _dsa(options: argparse.Namespace) -> int:
 
 
 def _gba(options: argparse.Namespace) -> int:
+    if options.plan:
+
+        def plan(ctx: Context) -> str:
+            from mmedx_fast.stages.row_plan import gba_plan
+
+            return gba_plan(ctx)
+
+        return _in_context(options, plan, lambda ctx, table: print(table))
+
     def work(ctx: Context) -> dict[str, Any]:
         from mmedx_fast.stages.dsa import run_dsa
         from mmedx_fast.stages.gba import run_gba

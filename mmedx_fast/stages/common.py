@@ -79,30 +79,38 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def row_target(policy: Policy) -> int | None:
+def row_target(backend: str, device: str) -> int | None:
     """How long a row should get. A dense mask grows with its square, and on a CPU longer rows only take more
     memory; on a GPU a row is as long as ``gba.max_row_tokens`` lets it."""
     from mmedx_fast.planner import CPU_TARGET_TOKENS, DENSE_TARGET_TOKENS
 
-    if policy.module.backend == "dense":
+    if backend == "dense":
         return DENSE_TARGET_TOKENS
-    return CPU_TARGET_TOKENS if policy.device.type == "cpu" else None
+    return CPU_TARGET_TOKENS if device == "cpu" else None
 
 
 def own_rows(policy: Policy, trees: Sequence[Tree], bounds: GbaConfig) -> list[RowPlan]:
     """This rank's rows of a step; every rank plans the same trees, and all get equally many rows."""
     from mmedx_fast import ranks
+
+    target = row_target(policy.module.backend, policy.device.type)
+    return rank_rows(trees, ranks.world_size(), bounds, target)[ranks.rank()]
+
+
+def rank_rows(
+    trees: Sequence[Tree], world: int, bounds: GbaConfig, target: int | None
+) -> list[list[RowPlan]]:
+    """The rows of every one of ``world`` ranks, within the configured bounds."""
     from mmedx_fast.planner import plan_ranks
 
-    plans = plan_ranks(
+    return plan_ranks(
         trees,
-        ranks.world_size(),
+        world,
         bounds.max_row_tokens,
-        target_tokens=row_target(policy),
+        target_tokens=target,
         max_response_tokens=bounds.max_response_tokens,
         max_images=bounds.max_images,
     )
-    return plans[ranks.rank()]
 
 
 def all_parts(raw: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -96,7 +96,8 @@ def sft_tree(
     return tree, [len(branch.response_ids) for branch in branches]
 
 
-def _training_questions(ctx: Context, specialty: str) -> list[Question]:
+def training_questions(ctx: Context, specialty: str) -> list[Question]:
+    """The specialty's questions with a trace. Raises StageError where there are none."""
     questions = [q for q in ctx.questions("train") if q.record.specialty == specialty]
     if not questions:
         raise StageError(
@@ -123,7 +124,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
     from mmedx_fast.policy import Policy
 
     cfg, dsa = ctx.cfg, ctx.cfg.dsa
-    questions = _training_questions(ctx, specialty)
+    questions = training_questions(ctx, specialty)
     seed_everything(cfg.seed)
     policy = Policy.load(
         ctx.model_path,
