@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -198,6 +199,25 @@ def cross(questions: Sequence[Question], guidelines: Sequence[str | None]) -> li
 def renumber(rollouts: Iterable[Rollout], per_question: int) -> list[Rollout]:
     """Turn the request index of rollouts from :func:`cross` into the question's index."""
     return [dataclasses.replace(r, question=r.question // per_question) for r in rollouts]
+
+
+class AsksByQuestion(abc.ABC):
+    """``generate`` of every engine, from its ``generate_requests``."""
+
+    def generate(
+        self,
+        questions: Sequence[Question],
+        guidelines: Sequence[str | None],
+        sampling: Sampling,
+        progress: Progress | None = None,
+    ) -> list[Rollout]:
+        rollouts = self.generate_requests(cross(questions, guidelines), sampling, progress)
+        return renumber(rollouts, len(guidelines))
+
+    @abc.abstractmethod
+    def generate_requests(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> list[Rollout]: ...
 
 
 def request_seeds(requests: Sequence[Request], seed: int) -> list[int]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmedx_fast import ranks
-from mmedx_fast.prompts import Question
 from mmedx_fast.rollout.base import (
     BASE_VERSION,
+    AsksByQuestion,
     EngineError,
     EngineStats,
     Progress,
@@ -37,7 +37,7 @@ class Weights:
         return self._walk()
 
 
-class RestartingEngine:
+class RestartingEngine(AsksByQuestion):
     """:class:`mmedx_fast.rollout.base.RolloutEngine` around another one.
 
     An engine that raises ``EngineError`` is closed; a new one gets the weights and the adapter that were
@@ -67,15 +67,6 @@ class RestartingEngine:
         if self._engine is None:
             raise RolloutError("the rollout engine is closed")
         return self._engine
-
-    def generate(
-        self,
-        questions: Sequence[Question],
-        guidelines: Sequence[str | None],
-        sampling: Sampling,
-        progress: Progress | None = None,
-    ) -> list[Rollout]:
-        return self._ask(lambda e: e.generate(questions, guidelines, sampling, progress))
 
     def generate_requests(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None

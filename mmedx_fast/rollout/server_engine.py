@@ -22,6 +22,7 @@ from mmedx_fast.config import ModelConfig, RolloutConfig
 from mmedx_fast.prompts import PromptBuilder, Question
 from mmedx_fast.rollout.base import (
     BASE_VERSION,
+    AsksByQuestion,
     EngineError,
     EngineStats,
     Progress,
@@ -32,8 +33,6 @@ from mmedx_fast.rollout.base import (
     check_adapter,
     check_requests,
     check_weights,
-    cross,
-    renumber,
     request_seeds,
 )
 from mmedx_fast.rollout.prefix import PrefixSharing
@@ -46,7 +45,7 @@ from mmedx_fast.rollout.vllm_options import engine_options
 _CONNECT_SECONDS = 30.0
 
 
-class ServerEngine:
+class ServerEngine(AsksByQuestion):
     """vLLM servers behind :class:`mmedx_fast.rollout.base.RolloutEngine`.
 
     Those of ``rollout.server_urls``, all with the same adapter, or one that this engine starts and
@@ -175,16 +174,6 @@ class ServerEngine:
         return config
 
     # -- rollouts --------------------------------------------------------------------------------
-
-    def generate(
-        self,
-        questions: Sequence[Question],
-        guidelines: Sequence[str | None],
-        sampling: Sampling,
-        progress: Progress | None = None,
-    ) -> list[Rollout]:
-        rollouts = self.generate_requests(cross(questions, guidelines), sampling, progress)
-        return renumber(rollouts, len(guidelines))
 
     def generate_requests(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None

@@ -6,22 +6,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmedx_fast.prompts import Question
 from mmedx_fast.rollout.base import (
     BASE_VERSION,
+    AsksByQuestion,
     EngineStats,
     Progress,
     Request,
     Rollout,
     RolloutError,
     Sampling,
-    cross,
 )
 
 FOLDERS_ONLY = "a rollout server takes weights in folders only: use load_weights"
 
 
-class ServerFollower:
+class ServerFollower(AsksByQuestion):
     """Makes nothing: rank 0 asks the servers for all ranks."""
 
     name = "server"
@@ -30,15 +29,6 @@ class ServerFollower:
 
     def __init__(self) -> None:
         self.version = BASE_VERSION
-
-    def generate(
-        self,
-        questions: Sequence[Question],
-        guidelines: Sequence[str | None],
-        sampling: Sampling,
-        progress: Progress | None = None,
-    ) -> list[Rollout]:
-        return self.generate_requests(cross(questions, guidelines), sampling, progress)
 
     def generate_requests(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None

@@ -15,6 +15,7 @@ from mmedx_fast.model_files import canonical
 from mmedx_fast.prompts import PromptBuilder, Question
 from mmedx_fast.rollout.base import (
     BASE_VERSION,
+    AsksByQuestion,
     EngineStats,
     Progress,
     Request,
@@ -25,8 +26,6 @@ from mmedx_fast.rollout.base import (
     check_names,
     check_requests,
     check_weights,
-    cross,
-    renumber,
     request_seeds,
 )
 
@@ -43,7 +42,7 @@ class _Sequence:
     logprobs: list[float] = dataclasses.field(default_factory=list)
 
 
-class TransformersEngine:
+class TransformersEngine(AsksByQuestion):
     """Own sampling loop over a key-value cache; :class:`mmedx_fast.rollout.base.RolloutEngine`.
 
     Holds a copy of the model of its own. Each prompt is computed once for all of its samples.
@@ -96,16 +95,6 @@ class TransformersEngine:
         except (OSError, ValueError) as error:
             raise RolloutError(f"{folder}: transformers cannot load this model: {error}") from error
         return model.to(self.device).eval().requires_grad_(False)
-
-    def generate(
-        self,
-        questions: Sequence[Question],
-        guidelines: Sequence[str | None],
-        sampling: Sampling,
-        progress: Progress | None = None,
-    ) -> list[Rollout]:
-        rollouts = self.generate_requests(cross(questions, guidelines), sampling, progress)
-        return renumber(rollouts, len(guidelines))
 
     def generate_requests(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None

@@ -15,9 +15,10 @@ from typing import Any
 from mmedx_fast._env import default_device, prepare_environment
 from mmedx_fast.config import ModelConfig, RolloutConfig
 from mmedx_fast.model_files import local_folder, read_tensors, tensor_files
-from mmedx_fast.prompts import PromptBuilder, Question
+from mmedx_fast.prompts import PromptBuilder
 from mmedx_fast.rollout.base import (
     BASE_VERSION,
+    AsksByQuestion,
     EngineError,
     EngineStats,
     Progress,
@@ -29,8 +30,6 @@ from mmedx_fast.rollout.base import (
     check_names,
     check_requests,
     check_weights,
-    cross,
-    renumber,
     request_seeds,
 )
 from mmedx_fast.rollout.prefix import PrefixSharing
@@ -38,7 +37,7 @@ from mmedx_fast.rollout.vllm_options import engine_options
 from mmedx_fast.rollout.watchdog import Watchdog
 
 
-class VllmEngine:
+class VllmEngine(AsksByQuestion):
     """vLLM behind :class:`mmedx_fast.rollout.base.RolloutEngine`.
 
     One engine per process, kept to its end: closing it also tears down ``torch.distributed``.
@@ -99,16 +98,6 @@ class VllmEngine:
         self._prefix = PrefixSharing(self._engine.vllm_config.cache_config.block_size)
         self._counters = self._read_counters()
         self._tally = [0, 0, 0, 0.0]
-
-    def generate(
-        self,
-        questions: Sequence[Question],
-        guidelines: Sequence[str | None],
-        sampling: Sampling,
-        progress: Progress | None = None,
-    ) -> list[Rollout]:
-        rollouts = self.generate_requests(cross(questions, guidelines), sampling, progress)
-        return renumber(rollouts, len(guidelines))
 
     def generate_requests(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
