@@ -41,12 +41,16 @@ SMALL = (
     "rollout.temperature=2.0",
     "rollout.max_completion_length=24",
     "eval.max_completion_length=24",
+    f"gba.rewards=[{{name: '{Path(__file__).resolve()}:by_place'}}]",
 )
-REWARD = "def by_place(completions, **columns): return [i * 7 % 5 / 4 for i, _ in enumerate(completions)]"
-"""Gives answers of a few tokens something to learn from: a run without gradients could lose its optimizer
-and nobody would see it."""
 _CLOCKS = ("seconds", "phases", "tokens")
 """Keys of the summary that count what a killed run did twice."""
+
+
+def by_place(completions: list[str], **columns: Any) -> list[float]:
+    """The run's reward: different for a question's answers, whatever they say. Answers of a few tokens would
+    all earn nothing, and a run without gradients could lose its optimizer unseen."""
+    return [place * 7 % 5 / 4 for place, _ in enumerate(completions)]
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ def results(folder: Path) -> dict[str, Any]:
         for row in rows:
             row.pop("images", None)
         found[str(path.relative_to(folder))] = rows
+    for path in folder.glob("caci/conflicts.json"):
+        found["caci/conflicts.json"] = json.loads(path.read_text())
     summary = json.loads((folder / "summary.json").read_text())
     found["summary.json"] = {k: v for k, v in summary.items() if k not in _CLOCKS}
     return found
@@ -110,10 +116,7 @@ def start(
     Raises RuntimeError with the end of its output when it fails by itself.
     """
     command = [sys.executable, "-m", "mmedx_fast.cli", "run", options.config]
-    reward = folder.parent / "rewards.py"
-    reward.write_text(REWARD)
-    command += [f"run_dir={folder}", *SMALL, f"gba.rewards=[{{name: '{reward}:by_place'}}]"]
-    command += options.overrides
+    command += [f"run_dir={folder}", *SMALL, *options.overrides]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     log = folder.with_suffix(".log")
     began = time.monotonic()

@@ -171,7 +171,8 @@ class RolloutConfig(Section):
     server_timeout: float = Field(600, gt=0)
     """Seconds to wait for the server to start, and for any answer while it generates."""
     timeout: float = Field(600.0, gt=0)
-    """Seconds without a new token after which the engine counts as hung."""
+    """Seconds without a new token after which an engine in the trainer's process counts as hung; a server has
+    ``server_timeout``."""
     max_restarts: int = Field(2, ge=0)
     """How often in a row an engine that failed or hangs is started anew and asked again."""
 

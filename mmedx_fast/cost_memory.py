@@ -73,7 +73,8 @@ def memory_parts(
     """
     how, size = training(cfg, gpu), _size(cfg)
     used = row_memory(model, how, tokens=row.tokens, keys=row.keys, targets=row.targets)
-    engine = model.params * size if cfg.rollout.engine == "vllm" else 0
+    share = cfg.rollout.tensor_parallel_size
+    engine = model.params * size // share if _engine_here(cfg) else 0
     return [
         *_held_by_training(cfg, model, how, gpus),
         Part(f"activations kept of a row of {row.tokens:,} tokens", used.kept, "update"),
@@ -134,6 +135,12 @@ def trained_params(cfg: Config, model: ModelShape) -> int:
     return model.params - (tower if cfg.gba.freeze_vision_tower else 0)
 
 
+def _engine_here(cfg: Config) -> bool:
+    """Whether the rollout engine's weights and cache are on the trainer's GPUs."""
+    rollout = cfg.rollout
+    return rollout.engine != "server" or not (rollout.server_urls or rollout.server_gpus)
+
+
 def _size(cfg: Config) -> int:
     return 2 if cfg.model.dtype == "bfloat16" else 4
 
@@ -141,11 +148,14 @@ def _size(cfg: Config) -> int:
 def kv_cache(
     cfg: Config, model: ModelShape, sequence: int, size: int, gpu: Gpu | None, engine: int
 ) -> int:
-    """Bytes of the rollout engine's cache; 0 where vLLM's share does not even hold the weights."""
+    """Bytes of the rollout engine's cache; 0 where vLLM's share does not even hold the weights, and where the
+    engine is on other GPUs."""
+    if not _engine_here(cfg):
+        return 0
     if cfg.rollout.kv_cache_memory_bytes is not None:
         return cfg.rollout.kv_cache_memory_bytes
     needed = cfg.rollout.max_num_seqs * sequence * model.kv_bytes(size)
-    if gpu is None or not engine:
+    if gpu is None or cfg.rollout.engine == "transformers":
         return needed
     return max(0, int(cfg.rollout.gpu_memory_utilization * gpu.memory) - engine)
 
@@ -154,12 +164,14 @@ def fit(cfg: Config, parts: Iterable[Part], sequence_bytes: int, gpu: Gpu) -> di
     """Peak bytes of a GPU, whether they fit, and what is wrong if not.
 
     The phases take turns where the engine sleeps during the update; else they add up. The cache
-    must hold one sequence of ``sequence_bytes``; how many it holds is given as ``sequences``.
+    must hold one sequence of ``sequence_bytes``; how many it holds is given as ``sequences``, None for an
+    engine on other GPUs.
     """
     parts = list(parts)
     held = {p: sum(x.bytes for x in parts if x.phase == p) for p in get_args(Phase)}
     update = held["update"] + max(held["layer"], held["head"])
-    sleeps = cfg.rollout.sleep and cfg.rollout.engine == "vllm"
+    rollout = cfg.rollout
+    sleeps = rollout.sleep and rollout.engine != "transformers" and not rollout.async_steps
     turns = max(update, held["rollout"]) if sleeps else update + held["rollout"]
     peak = held["always"] + turns
     cache = next(part.bytes for part in parts if part.name == "KV cache")
@@ -167,12 +179,13 @@ def fit(cfg: Config, parts: Iterable[Part], sequence_bytes: int, gpu: Gpu) -> di
     if peak > gpu.usable:
         remedy = _remedy(cfg, held["always"], update, held["rollout"], gpu)
         problems.append(f"needs {peak / 1e9:.1f} GB of {gpu.usable / 1e9:.1f} GB usable; {remedy}")
-    if cache < sequence_bytes:
+    here = _engine_here(cfg)
+    if here and cache < sequence_bytes:
         problems.append(
             f"the KV cache of {cache / 1e9:.2f} GB holds no full sequence "
             f"({sequence_bytes / 1e9:.2f} GB); raise rollout.gpu_memory_utilization"
         )
-    sequences = min(cfg.rollout.max_num_seqs, cache // max(1, sequence_bytes))
+    sequences = min(cfg.rollout.max_num_seqs, cache // max(1, sequence_bytes)) if here else None
     return {"peak": peak, "fits": not problems, "problems": problems, "sequences": sequences}
 
 

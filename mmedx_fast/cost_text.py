@@ -21,7 +21,7 @@ def plan_text(estimate: Mapping[str, Any]) -> str:
             f"{stage['flops'] / 1e15:,.3g}",
             f"{stage['gpu_hours']:,.3g}",
             f"{stage['gpu_hours_plain']:,.3g}",
-            f"{stage['seconds_per_step']:,.3g}",
+            f"{stage['seconds_per_step']:,.3g}" if stage["steps"] > 1 else "-",
         ]
         for stage in estimate["stages"]
     ]
@@ -69,11 +69,16 @@ def _bill_text(estimate: Mapping[str, Any]) -> list[str]:
     if machine is None:
         return [text]
     price, total = machine["dollars_per_hour"], estimate["total"]
+    sequences = machine["sequences"]
+    rollouts = (
+        "the rollout engine is on other GPUs"
+        if sequences is None
+        else f"the KV cache holds {sequences} sequences at full length"
+    )
     verdict = "fits" if machine["fits"] else "does NOT fit: " + "; ".join(machine["problems"])
     return [
         f"{machine['gpus']} x {machine['name']}: {verdict}. Peak {machine['peak'] / 1e9:.1f} of "
-        f"{machine['memory'] / 1e9:.0f} GB; the KV cache holds {machine['sequences']} sequences at "
-        f"full length.",
+        f"{machine['memory'] / 1e9:.0f} GB; {rollouts}.",
         f"{text} The run: ${price * total['gpu_hours']:,.2f} (plain "
         f"${price * total['gpu_hours_plain']:,.2f}) at an assumed ${price:.2f} an hour.",
     ]

@@ -592,3 +592,29 @@ def test_images_count_where_they_are_in_the_row():
 def test_a_driver_s_name_finds_its_peaks(device, name):
     found = match_gpu(device)
     assert (found and found.name) == name
+
+
+@pytest.mark.parametrize(
+    "where", [{"server_gpus": "1"}, {"server_urls": ["http://other:8000"]}, {}]
+)
+def test_an_engine_elsewhere_takes_nothing_of_the_trainers_gpu(where) -> None:
+    inside = plan(_cfg(), gpu=H200)
+    server = plan(_cfg(rollout={"engine": "server", **where}), gpu=H200)
+    parts = {part["name"]: part["bytes"] for part in server["memory"]}
+    own = {part["name"]: part["bytes"] for part in inside["memory"]}
+    taken = (parts.pop("rollout engine weights"), parts.pop("KV cache"))
+    expected = (own.pop("rollout engine weights"), own.pop("KV cache"))
+    assert parts == own
+    if where:
+        assert taken == (0, 0) and server["machine"]["sequences"] is None
+        assert "the rollout engine is on other GPUs" in plan_text(server)
+    else:
+        assert taken == expected and min(taken) > 0
+
+
+def test_two_gpus_of_tensor_parallel_hold_half_the_engine_each() -> None:
+    whole, half = (
+        next(p["bytes"] for p in plan(_cfg(rollout=r))["memory"] if p["name"].startswith("rollout"))
+        for r in ({}, {"tensor_parallel_size": 2})
+    )
+    assert half == whole // 2

@@ -37,7 +37,7 @@ SMALL = [
     "rollout.temperature=2.0",
     "rollout.max_completion_length=24",
     "eval.max_completion_length=24",
-    f"gba.rewards=[{{name: '{ROOT}/tests/_rewards.py:by_place'}}]",
+    f"gba.rewards=[{{name: '{ROOT}/bench/kill.py:by_place'}}]",
     "deepspeed.zero_optimization.stage=2",
 ]
 

@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mmedx_fast.metrics import read_metrics, without_times
+from bench.kill import results
+from mmedx_fast.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -33,7 +33,7 @@ SMALL = [
     "rollout.temperature=2.0",
     "rollout.max_completion_length=24",
     "eval.max_completion_length=24",
-    f"gba.rewards=[{{name: '{ROOT}/tests/_rewards.py:by_place'}}]",
+    f"gba.rewards=[{{name: '{ROOT}/bench/kill.py:by_place'}}]",
 ]
 
 
@@ -86,25 +86,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-4000:]
     assert "macro" in done.stdout and "report.html" in done.stdout
     return folder
-
-
-def results(folder: Path) -> dict[str, Any]:
-    """Everything a run computed, less clock readings and places."""
-    found: dict[str, Any] = {
-        str(path.relative_to(folder)): without_times(read_metrics(path))
-        for path in sorted(folder.glob("**/metrics.jsonl"))
-    }
-    for path in sorted(folder.glob("eval/*/predictions.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for row in rows:
-            del row["images"]
-        found[str(path.relative_to(folder))] = rows
-    summary = json.loads((folder / "summary.json").read_text())
-    for key in ("seconds", "phases", "tokens"):
-        del summary[key]
-    found["summary"] = summary
-    found["conflicts"] = json.loads((folder / "caci" / "conflicts.json").read_text())
-    return found
 
 
 def test_run_leaves_what_it_promises(unbroken: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import kill
 from mmedx_fast._paths import find_config
 from mmedx_fast.checkpoint import load_latest
 from mmedx_fast.config import Config, load_config
@@ -47,6 +48,7 @@ SMALL = [
     "gba.filter_zero_variance=false",
     "gba.optimizer.lr_scheduler_type=linear",
     # Samples that differ, and rewards that do, so that every step has something to learn.
+    f"gba.rewards=[{{name: '{kill.__file__}:by_place'}}]",
     "rollout.temperature=2.0",
     "rollout.num_generations=2",
     "rollout.max_completion_length=16",
@@ -54,13 +56,8 @@ SMALL = [
 ]
 
 
-REWARD = "def by_place(completions, **columns): return [i * 7 % 5 / 4 for i, _ in enumerate(completions)]"
-
-
 def settings(folder: Path, *more: str) -> list[str]:
-    rewards = folder.parent / "rewards.py"
-    rewards.write_text(REWARD)
-    return [f"run_dir={folder}", f"gba.rewards=[{{name: '{rewards}:by_place'}}]", *SMALL, *more]
+    return [f"run_dir={folder}", *SMALL, *more]
 
 
 def config(folder: Path, *more: str) -> Config:

@@ -624,7 +624,7 @@ def test_an_engine_that_is_started_anew_gets_the_trained_weights_again(world, mo
     sampling = Sampling(n=1, max_tokens=MAX_TOKENS, seed=2)
     want = either.generate(world.questions, ["analytic"], sampling)
     monkeypatch.setattr(
-        made[0], "generate", lambda *_: (_ for _ in ()).throw(EngineError("broken"))
+        made[0], "generate_requests", lambda *_: (_ for _ in ()).throw(EngineError("broken"))
     )
     got = either.generate(world.questions, ["analytic"], sampling)
     assert len(made) == 2 and either.version == 7 and not either.shared and either.takes_tensors
