@@ -6,6 +6,7 @@ records. A Triton kernel under the interpreter works in numpy's memory, which ne
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -29,8 +30,19 @@ def watched(call: Callable[[], T], device: torch.device) -> tuple[T, int]:
 def _profiled(call: Callable[[], T]) -> tuple[T, int]:
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        out = call()
+    # The profiler sees the whole process: what earlier work left for the collector to find must go
+    # before the call, not be counted as freed by it.
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as record:
+            out = call()
+    finally:
+        if collecting:
+            gc.enable()
     assert record.profiler is not None
     events = record.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

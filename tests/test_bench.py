@@ -1,6 +1,7 @@
 """The benchmarks check before they time, take turns, list what is missing, and lose nothing when stopped."""
 
 import dataclasses
+import gc
 import json
 import math
 import sys
@@ -418,6 +419,20 @@ def test_memory_is_what_was_held_at_once() -> None:
     out, peak = watched(call, CPU)
     assert out.shape == (10, 1000)
     assert 80_000 - 4_000 <= peak <= 81_000
+
+
+def test_garbage_of_earlier_work_is_no_gain() -> None:
+    def call() -> torch.Tensor:
+        gc.collect()  # as may happen by itself at any allocation
+        return torch.zeros(10_000)
+
+    _, clean = watched(call, CPU)
+    ring: list[object] = [torch.zeros(100_000)]
+    ring.append(ring)
+    gc.collect()  # old by now: only a full collection finds it
+    del ring
+    _, peak = watched(call, CPU)
+    assert peak == clean >= 40_000
 
 
 README = f"# Title\n\nbefore\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n"
