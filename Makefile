@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | ablations: each makes .venv and installs what it needs, then runs.
+# make demo | test | lint | bench | ablations | docs: each makes .venv and installs what it needs, then runs.
 #
 #   PYTHON=python3.12          another interpreter (3.11 or newer)
 #   EXTRAS=cuda                what `make demo` installs; cpu unless told
@@ -28,7 +28,7 @@ METADATA := pyproject.toml setup.py requirements/constraints.txt
 CONSTRAINTS = $(if $(findstring cpu,$(EXTRAS)),-c requirements/constraints.txt)
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint bench ablations help
+.PHONY: demo test lint bench ablations docs help
 .DELETE_ON_ERROR:
 
 help:
@@ -55,6 +55,10 @@ bench: $(WITH_DEV)
 # The demo over three seeds and what it owes to its parts: more than an hour on two cores.
 ablations: $(WITH_DEV)
 	for name in main gba ties linear adherence; do $(BIN)/python bench/ablate.py $$name $(ARGS) || exit 1; done
+
+# The pages of docs/ as site/index.html; their figures are drawn anew by docs/figures.py.
+docs: $(WITH_DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # A stamp is written only after pip succeeded: an install that was cut off is taken up again.
 $(VENV)/.installed-%: $(VENV)/.created $(METADATA)
