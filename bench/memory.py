@@ -30,9 +30,8 @@ def watched(call: Callable[[], T], device: torch.device) -> tuple[T, int]:
 def _profiled(call: Callable[[], T]) -> tuple[T, int]:
     from torch.profiler import ProfilerActivity, profile
 
-    # The profiler sees the whole process: what earlier work left for the collector to find must go
-    # before the call, not be counted as freed by it.
-    gc.collect()
+    # The profiler sees the whole process: what earlier work left for the collector must not be found
+    # during the call, and counted as freed by it.
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -40,6 +40,7 @@ def shape(edge: int, model: Sizes, **lengths: int) -> Shape:
     """A size of the op: ``edge`` patches on each side of the image, merged two by two."""
     sizes = {"edge": edge, "K": 4, "n": 4, "checkpoint": 0, **model, **lengths}
     name = " ".join(f"{key}={sizes[key]}" for key in ("P", "G", "R", "K", "n", "H", "L"))
+    name += " checkpointed" * sizes["checkpoint"]
     return Shape(name, sizes, counts(sizes, plain=False).tokens)
 
 
@@ -354,5 +355,8 @@ SHAPES = {
     # the project's tiny model
     "tiny": (shape(8, _TINY, P=256, G=16, R=128),),
     "cpu_large": (shape(8, _WIDE, P=256, G=16, R=128),),
-    "qwen2_5_vl_7b": (shape(64, _SEVEN_B, P=1200, G=60, R=256, rank=64, checkpoint=1),),
+    "qwen2_5_vl_7b": tuple(
+        shape(64, _SEVEN_B, P=1200, G=60, R=r, rank=64, checkpoint=c)
+        for r, c in ((256, 1), (512, 1), (256, 0))
+    ),
 }

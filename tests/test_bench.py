@@ -422,17 +422,24 @@ def test_memory_is_what_was_held_at_once() -> None:
 
 
 def test_garbage_of_earlier_work_is_no_gain() -> None:
-    def call() -> torch.Tensor:
-        gc.collect()  # as may happen by itself at any allocation
-        return torch.zeros(10_000)
+    before = gc.get_threshold()
 
     def leave_garbage() -> None:
         ring: list[object] = [torch.zeros(100_000)]
         ring.append(ring)
-        gc.collect()  # old by now: only a full collection finds it
 
-    watched(leave_garbage, CPU)  # the profiler counts the release of what it saw allocated
-    _, peak = watched(call, CPU)
+    def call() -> torch.Tensor:
+        gc.set_threshold(1, 1, 1)  # the collector would come now
+        made = [[i] for i in range(10)]
+        return torch.zeros(1000 * len(made))
+
+    gc.collect()
+    gc.set_threshold(0)
+    try:
+        watched(leave_garbage, CPU)  # the profiler counts the release of what it saw allocated
+        _, peak = watched(call, CPU)
+    finally:
+        gc.set_threshold(*before)
     assert peak == 40_000
 
 
