@@ -139,7 +139,7 @@ class StepRates:
 
         ``perf/share/<phase>`` of the seconds, ``perf/<phase>_tokens_per_second`` of all ranks,
         ``perf/mfu`` of this rank's GPU while it trains, ``perf/gpu_hours_per_1000_samples``, a sample
-        being a question with all its responses.
+        being a question with all its responses; on CUDA ``perf/peak_memory_bytes`` of this process.
         """
         flops, self._flops = self._flops, 0.0
         split = [key.split("/", 1) for key in taken]
@@ -154,7 +154,18 @@ class StepRates:
             out["perf/mfu"] = flops / (train * self.gpu.peak_tflops * 1e12)
         if self.gpus and samples:
             out["perf/gpu_hours_per_1000_samples"] = 1000 * whole * self.gpus / 3600 / samples
-        return out
+        return out | (_peak_memory() if self.gpus else {})
+
+
+def _peak_memory() -> dict[str, float]:
+    """The most bytes of tensors that this process held on its GPU since it was asked last."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return {"perf/peak_memory_bytes": float(peak)}
 
 
 def _per_second(row: Mapping[str, float]) -> str:
