@@ -83,7 +83,9 @@ def _table(group: list[dict[str, Any]]) -> str:
 
 
 def _op(data: dict[str, Any]) -> list[str]:
-    """A provider a line, a size a column."""
+    """A provider a line, a size a column; floors and whole steps in tables of their own."""
+    if data["op"] in _OTHERS:
+        return _OTHERS[data["op"]](data)
     rows = sorted(data["rows"], key=lambda row: row["tokens"])
     common, columns = _split([row["shape"] for row in rows])
     caption = ", ".join(x for x in (data["title"], " ".join(common), rows[0]["dtype"]) if x)
@@ -101,6 +103,53 @@ def _op(data: dict[str, Any]) -> list[str]:
         remarks |= dict.fromkeys(_remark(p) for p in found if name != "ours (torch)")
     remarks.pop("", None)
     return lines + (["", f"{'; '.join(remarks)}."] if remarks else [])
+
+
+def _floors(data: dict[str, Any]) -> list[str]:
+    """A floor a line, a row count a column; TFLOP/s, of the copy GB/s."""
+    rows = data["rows"]
+    counts = sorted({row["M"] for row in rows if "M" in row})
+    gemm = next(row for row in rows if "M" in row)
+    lines = [
+        f"**floors**: the head's GEMMs, TFLOP/s, V={gemm['V']} H={gemm['H']}",
+        "",
+        f"| | {' | '.join(f'M={m}' for m in counts)} |",
+        f"|---|{'---:|' * len(counts)}",
+    ]
+    for name in dict.fromkeys(row["name"] for row in rows if "M" in row):
+        found = {row["M"]: row["tflops"] for row in rows if row["name"] == name}
+        lines.append(f"| {name} | {' | '.join(_figure(found[m]) for m in counts)} |")
+    rest = [row for row in rows if "M" not in row]
+    said = [
+        f"{row['name']} {_figure(row['gb_s'])} GB/s"
+        if row.get("gb_s")
+        else f"{row['name']} {1e3 * row['median_ms']:.3g} us"
+        for row in rest
+    ]
+    return [*lines, "", f"{', '.join(said)}."]
+
+
+def _end_to_end(data: dict[str, Any]) -> list[str]:
+    """Measured means of a step beside the plan's."""
+    lines = [
+        f"**whole RL steps**: {data['model']}, {data['steps']} steps after the first",
+        "",
+        "| mean of a step | measured | planned | ratio |",
+        "|---|---:|---:|---:|",
+    ]
+    for key, value in data["measured"].items():
+        if key in data["planned"] or key in _TOLD:
+            planned, ratio = data["planned"].get(key), data["measured_over_planned"].get(key)
+            cells = ["" if x is None else f"{x:.3g}" for x in (planned, ratio)]
+            lines.append(f"| {key} | {value:.3g} | {' | '.join(cells)} |")
+    return lines
+
+
+_TOLD = (
+    *("prefix_cache_hit_rate", "perf/mfu", "seconds/sync"),
+    *("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"),
+)
+_OTHERS = {"floors": _floors, "end_to_end": _end_to_end}
 
 
 def _split(names: list[str]) -> tuple[list[str], list[str]]:

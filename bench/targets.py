@@ -406,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in options.results:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            documents.append(data if isinstance(data, dict) and "rows" in data else _refuse(path))
+            documents.append(data if isinstance(data, dict) and "op" in data else _refuse())
         except (OSError, ValueError) as problem:
             print(f"{path}: cannot be read as results of bench.run ({problem})", file=sys.stderr)
             return 2
@@ -419,8 +419,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if missed else 0
 
 
-def _refuse(path: Path) -> Mapping[str, Any]:
-    raise ValueError("no object with rows")
+def _refuse() -> Mapping[str, Any]:
+    raise ValueError("it names no op")
 
 
 if __name__ == "__main__":

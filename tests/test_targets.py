@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import registry, targets
+from bench import registry, table, targets
 from bench.targets import TARGETS, Target, faster, judge, to_floor
 
 
@@ -100,3 +100,21 @@ def test_floors_are_measured_in_one_run(tmp_path, capsys) -> None:
         2e-9 * gemm["M"] * gemm["V"] * gemm["H"] / gemm["median_ms"]
     )
     assert "say nothing about a GPU" in capsys.readouterr().out
+    shown = table.tables([data])
+    assert f"| M={gemm['M']} |" in shown and "| d_hidden |" in shown and "launch" in shown
+
+
+def test_the_table_shows_whole_steps_beside_the_plan() -> None:
+    env = {"device": {"name": "X"}, "versions": {"torch": "2"}, "commit": "c", "date": "2026-01-01",
+           "command": "run me"}  # fmt: skip
+    data = env | {
+        "op": "end_to_end",
+        "model": "m",
+        "steps": 2,
+        "measured": {"seconds/train": 3.0, "seconds/pack": 1.0, "perf/mfu": 0.4},
+        "planned": {"seconds/train": 2.0},
+        "measured_over_planned": {"seconds/train": 1.5},
+    }
+    shown = table.tables([data])
+    assert "| seconds/train | 3 | 2 | 1.5 |" in shown and "| perf/mfu | 0.4 |  |  |" in shown
+    assert "seconds/pack" not in shown and "    run me" in shown
