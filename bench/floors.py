@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,10 @@ def _calls(device: Any) -> tuple[dict[str, Callable[[], Any]], dict[str, dict[st
     slope = torch.randn(max(many), vocab, device=device).to(dtype)
     back = torch.empty_like(hidden)
     for m in many:
-        add("logits", m, lambda m=m: torch.mm(hidden[:m], weight.t(), out=logits[:m]))
-        add("d_hidden", m, lambda m=m: torch.mm(slope[:m], weight, out=back[:m]))
+        add("logits", m, partial(torch.mm, hidden[:m], weight.t(), out=logits[:m]))
+        add("d_hidden", m, partial(torch.mm, slope[:m], weight, out=back[:m]))
         if cuda:
-            add(
-                "logits_f32",
-                m,
-                lambda m=m: torch.mm(hidden[:m], weight.t(), out_dtype=torch.float32),
-            )
+            add("logits_f32", m, partial(torch.mm, hidden[:m], weight.t(), out_dtype=torch.float32))
     size = COPY_BYTES if cuda else SMALL_COPY_BYTES
     source = torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
