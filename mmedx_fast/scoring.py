@@ -89,14 +89,15 @@ def answer_span(text: str) -> str | None:
     none.
 
     In this order: the last closed ``<answer>`` block, the last balanced ``\boxed{}``, the last
-    "answer is ..." or "answer: ..." line. The last two are looked for after a closed ``</think>``
-    if there is one, so that a thought on the way is not read as the answer.
+    "answer is ..." or "answer: ..." line. The last two are looked for outside the thought alone:
+    after the last ``</think>`` if there is one, and before a ``<think>`` that is never closed.
     """
     start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
     if start != -1:
         return _unwrap(text[start + len("<answer>") : text.find("</answer>", start)])
     if "</think>" in text:
         text = text.rpartition("</think>")[2]
+    text = text.partition("<think>")[0]
     boxed = last_boxed(text)
     if boxed is not None:
         return _unwrap(boxed)

@@ -22,6 +22,7 @@ from mmedx_fast.rewards import (
     reward_name,
     soft_overlong_reward,
 )
+from mmedx_fast.scoring import medevalkit_score
 
 OPTIONS = {"A": "Asthma", "B": "Pulmonary embolism", "C": "Pneumonia"}
 STEM = "A man has pleuritic chest pain, dyspnoea and a swollen calf. What is the diagnosis?"
@@ -60,6 +61,27 @@ def test_accuracy_is_strict_and_reads_conversations() -> None:
     assert accuracy_reward(["p"], ["<answer>Yes.</answer>"], answer=["yes"], options=[None]) == [
         1.0
     ]
+
+
+def test_no_reward_ever_guesses_by_similarity(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = [
+        "",
+        "pulmonary embolsm",
+        "<answer>pulmonary embolsm</answer>",
+        "B. Pulmonary",
+        f"<think>{THINK}",
+    ]
+    assert [medevalkit_score(text, OPTIONS, "B") for text in noise[1:]] == [1.0] * 4
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a reward asked for the most similar option")
+
+    monkeypatch.setattr("difflib.SequenceMatcher.ratio", refuse)
+    monkeypatch.setattr("mmedx_fast.scoring.medevalkit_score", refuse)
+    runner = RewardRunner([(name, 1.0, {}) for name in ("accuracy", "format", "guideline")])
+    rewards = runner.score(batch(*noise))
+    np.testing.assert_array_equal(rewards, 0.0)
+    assert runner.score(batch(GOOD))[0].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_accuracy_needs_a_gold_answer() -> None:

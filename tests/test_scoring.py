@@ -57,6 +57,8 @@ OPTIONS = {
         "<answer>A</answer> wait <answer>B</answer>",
         "<think><answer>A</answer></think><answer>B</answer>",
         "<answer>A <answer>B</answer>",
+        "<think>A fits, I thought <answer>B</answer>",
+        "The answer is B. <think>Or is the answer: C, cut by the length lim",
     ],
 )
 def test_strict_reads_b(text: str) -> None:
@@ -86,6 +88,8 @@ def test_strict_reads_b(text: str) -> None:
         "<answer>B",
         r"\boxed{",
         "<think>The answer is B.</think>",
+        "<think>At first sight the answer is B, but",
+        r"<think>\boxed{B} might do</think> or <think> so the answer is B",
         "<answer>unsure</answer> the answer is B",
     ],
 )
@@ -161,6 +165,11 @@ def test_gold_must_be_an_option() -> None:
         ("<answer>A</answer><answer>B</answer>", "B", 0.0),
         ("<think>the rub makes pericarditis likel", "B", 1.0),
         ("<answer>aortic disection</answer>", "D", 1.0),
+        (r"\boxed{} B", "B", 0.0),
+        ("boxed but not so", "A", 0.0),  # the word "None" then, which is like "e. costochondritis"
+        ("<ANSWER>B</ANSWER>", "B", 1.0),  # no tag to it, but near enough
+        ("A patient has pericarditis", "B", 1.0),
+        ("A patient has pericarditis", "A", 0.0),
     ],
 )
 def test_medevalkit_multiple_choice_table(text: str, gold: str, score: float) -> None:
@@ -194,6 +203,17 @@ def test_medevalkit_answer_tag_switch() -> None:
         ("it is abnormal", "no", 1.0),
         ("<answer>no</answer>", "no", 1.0),
         (r"yes \boxed{no}", "no", 1.0),
+        ("I do not know", "no", 1.0),
+        ("Yes, I know", "yes", 0.0),
+        ("maybe", "yes", 0.0),
+        ("yes and no", "yes", 0.0),
+        ("", "no", 0.0),
+        ("", "left", 0.0),
+        ("<answer>Left</answer> lung", "left", 1.0),
+        (r"<answer>right</answer> \boxed{Left}", "left", 1.0),
+        ("<answer>left</answer><answer>right</answer>", "left", 0.0),
+        ("<think>left", "left", 0.0),
+        ("T2.\n", "t2", 1.0),
         ("Left.\n", "left", 1.0),
         ("left lung", "left", 0.0),
     ],
