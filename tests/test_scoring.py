@@ -91,6 +91,12 @@ def test_strict_reads_b(text: str) -> None:
         "<think>At first sight the answer is B, but",
         r"<think>\boxed{B} might do</think> or <think> so the answer is B",
         "<answer>unsure</answer> the answer is B",
+        "<answer>A) is wrong, B) is right</answer>",
+        "<answer>B. Not this one</answer>",
+        "<answer>B. is ruled out by the ECG</answer>",
+        "<answer>B. Pericarditis or A. Myocardial infarction</answer>",
+        "<answer>B. Dissection</answer>",
+        "The answer is not B.",
     ],
 )
 def test_strict_never_guesses(text: str) -> None:
@@ -111,6 +117,16 @@ def test_every_option_text_and_letter_round_trips() -> None:
     for letter, text in tricky.items():
         for span in (letter, text, f"{letter}. {text}", f"({letter}) {text}", f" {text.upper()}. "):
             assert extract_answer(f"<answer>{span}</answer>", tricky) == letter, span
+
+
+def test_a_species_is_no_option_letter() -> None:
+    options = {"A": "Candida albicans", "B": "E. coli", "C": "Aspergillus fumigatus", "E": "None"}
+    assert extract_answer("<answer>E. coli</answer>", options) == "B"
+    assert extract_answer("<answer>E. coli from the gut</answer>", options) is None
+    assert extract_answer("<answer>E. coli, as in most cases</answer>", options) is None
+    assert extract_answer("<answer>A. fumigatus</answer>", options) is None
+    assert extract_answer("<answer>A. albicans</answer>", options) == "A"
+    assert extract_answer("<answer>C. fumigatus</answer>", options) == "C"
 
 
 def test_duplicate_option_texts_are_ambiguous() -> None:
@@ -249,6 +265,12 @@ def test_degenerate_texts_are_read_in_linear_time() -> None:
         text = piece * 20_000
         assert extract_answer(text, OPTIONS) is None
         assert not format_ok(text)
+    for opening in (r"\text{", r"\boxed{", "{", "<answer>", "<think>"):
+        closing = {"<": "</" + opening[1:]}.get(opening[0], "}")
+        text = opening * 20_000 + "B" + closing * 20_000
+        for whole in (text, f"<answer>{text}</answer>", f"answer: {text}"):
+            assert extract_answer(whole, OPTIONS) in ("B", None)
+            think_text(whole)
     assert time.process_time() - start < 2.0
 
 
