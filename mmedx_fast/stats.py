@@ -252,3 +252,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
         reached = max(reached, min(1.0, (len(order) - rank) * p_values[i]))
         adjusted[i] = reached
     return adjusted
+
+
+def correlation(first: Values, second: Values) -> float:
+    """Pearson's correlation of two columns [n], rows with a NaN left out; NaN if either is constant."""
+    one, two = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if one.shape != two.shape or one.ndim != 1:
+        raise ValueError(f"shapes {one.shape} and {two.shape}; give two columns of one length")
+    both = np.isfinite(one) & np.isfinite(two)
+    one, two = one[both], two[both]
+    if one.size < 2 or np.ptp(one) == 0 or np.ptp(two) == 0:
+        return math.nan
+    return float(np.corrcoef(one, two)[0, 1])

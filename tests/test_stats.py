@@ -10,6 +10,7 @@ import pytest
 from mmedx_fast.stats import (
     accuracy_interval,
     bootstrap_interval,
+    correlation,
     holm,
     macro_accuracy,
     macro_average,
@@ -167,3 +168,13 @@ def test_holm_by_hand_and_by_its_closed_definition() -> None:
         assert {i for i, p in enumerate(holm(values)) if p <= level} == rejected
     with pytest.raises(ValueError, match=r"p_values\[1\] is 1.5"):
         holm([0.1, 1.5])
+
+
+def test_correlation_leaves_out_what_does_not_apply() -> None:
+    first, second = [0.1, 0.9, math.nan, 0.4, 1.0], [0.0, 1.0, 1.0, 0.0, 1.0]
+    rows = [0, 1, 3, 4]
+    expected = np.corrcoef(np.take(first, rows), np.take(second, rows))[0, 1]
+    assert correlation(first, second) == pytest.approx(expected)
+    assert math.isnan(correlation([0.5, 0.5], [0.0, 1.0])) and math.isnan(correlation([], []))
+    with pytest.raises(ValueError, match="one length"):
+        correlation([1.0], [1.0, 2.0])
