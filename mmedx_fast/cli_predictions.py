@@ -98,7 +98,14 @@ def _judge_file(file: Path, judge: Any, options: argparse.Namespace) -> dict[str
 
     out = file.with_name(f"{file.stem}.judged.jsonl")
     part = out.with_name(f"{out.name}.part")
-    counts = {"file": out, "asked": 0, "rows": 0, "strict": 0, "same": 0, "different": 0}
+    counts: dict[str, Any] = {
+        "file": out,
+        "asked": 0,
+        "rows": 0,
+        "strict": 0,
+        "same": 0,
+        "different": 0,
+    }
     counts["unjudged"] = 0
     total = sum(1 for _ in read_predictions(file))
     with progress(total, "Judging", unit="question") as bar, part.open("w", encoding="utf-8") as to:
