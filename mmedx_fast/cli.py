@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmedx_fast import __version__
+from mmedx_fast.cli_predictions import add_commands
 
 if TYPE_CHECKING:
     from mmedx_fast.config import Config
@@ -110,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--gpu", default="h200", help="a100, h100, h200, b200, l40s, rtx4090")
             sub.add_argument("--gpus", type=int, default=1, help="how many (default %(default)s)")
             sub.add_argument("--price", type=float, help="dollars an hour of one GPU")
+
+    add_commands(add)
 
     sub = add("doctor", _doctor, "What this machine has, and which path each op takes on it")
     sub.add_argument("config", nargs="?", help="also what this config would use")

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
+from mmedx_fast.guideline_lexicon import NEGATED
 from mmedx_fast.guideline_text import Mention, Sentence
 
 _PRIOR = re.compile(
@@ -38,7 +39,7 @@ class _Stated:
 
     value: float
     letter: str
-    direction: str  # "up", "down", "any" or ""
+    direction: str  # "up", "down", "any", "taken back" or ""
     role: str  # "to", "from" or "by"
 
 
@@ -69,7 +70,8 @@ def _stated(sentence: Sentence) -> Iterator[_Stated]:
             used.add(id(following))
         verbs = list(_DIRECTION.finditer(before))
         if verbs:
-            direction = verbs[-1].lastgroup or ""
+            back = NEGATED.search(before, max(0, verbs[-1].start() - 40), verbs[-1].start())
+            direction = "taken back" if back else verbs[-1].lastgroup or ""
         role = "from" if _FROM.search(before) else "by" if _BY.search(before) else "to"
         yield _Stated(value, letter, direction, role)
         start = end
@@ -92,6 +94,7 @@ class _Ledger:
         self.values: dict[str, float] = {}
         self.updated: dict[str, float] = {}
         self.findings: set[int] = set()
+        self.evidence: set[str] = set()  # content words of the sentences that move a number
         self.focus = ""
         self.valid = True
         self.update_sentences = 0
@@ -127,6 +130,7 @@ class _Ledger:
         if moved and sentence.findings - self.findings:  # evidence counts once
             self.update_sentences += 1
             self.findings |= sentence.findings
+            self.evidence |= sentence.stems
         if moved:
             self.last_update = index
         if posterior and told:
@@ -138,6 +142,9 @@ class _Ledger:
     def _move(self, letter: str, number: _Stated, posterior: bool) -> bool:
         """Apply one number; False if it only restates. Wrong moves clear ``valid``."""
         now, value = self.values[letter], number.value
+        if number.direction == "taken back":  # "does not raise it to 50 %"
+            self.valid = False
+            return False
         if number.role == "from":
             self.valid &= abs(value - now) <= 1.0
             return False
@@ -159,8 +166,11 @@ class _Ledger:
         return value != now
 
 
-def read_updates(sentences: Sequence[Sentence], winner: str | None) -> dict[str, bool]:
-    """Criteria B1 to B6 of :mod:`mmedx_fast.guidelines`; the trace concludes on ``winner``."""
+def read_updates(
+    sentences: Sequence[Sentence], winner: str | None, findings: frozenset[str]
+) -> dict[str, bool]:
+    """Criteria B1 to B6 of :mod:`mmedx_fast.guidelines`; the trace concludes on ``winner``, and
+    ``findings`` are the stems of the findings' words."""
     ledger = _Ledger(winner)
     for index, sentence in enumerate(sentences):
         if not _numbers(sentence):
@@ -174,7 +184,8 @@ def read_updates(sentences: Sequence[Sentence], winner: str | None) -> dict[str,
     changed = any(ledger.values[letter] != ledger.priors[letter] for letter in ledger.values)
     return {
         "B1_prior": prior,
-        "B2_updates": ledger.update_sentences >= 2,
+        "B2_updates": ledger.update_sentences >= 2
+        and len(ledger.evidence & findings) >= min(3, len(findings)),
         "B3_numbers": prior and ledger.valid and changed,
         "B4_posterior": ledger.posterior_at >= max(ledger.last_update, 0)
         and ledger.last_update >= 0,

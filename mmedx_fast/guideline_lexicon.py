@@ -13,8 +13,17 @@ CONCLUDE = re.compile(
 )
 STRONG_CONCLUDE = re.compile(rf"\b(?:therefore|thus|conclude|{_DIAGNOSIS_IS})")
 CLAUSE = re.compile(
-    r"[,;:]|\b(?P<turn>rather than|instead of|not|unlike|over|than)\b|\b(?:whereas|while|but"
-    r"|although)\b"
+    r"[,;:]|\b(?P<turn>rather than|instead of|anything but|not|never|hardly|cannot|unlike|over|than"
+    r"|isn't|wasn't)\b|\b(?:whereas|while|but|although)\b"
+)
+TURNED = re.compile(
+    r"\b(?:but|however|although|though|yet|while|whereas|would|could|might|alone|also)\b"
+)
+# What stands before a cue and takes it back: "does not support", "is not at all typical of".
+NEGATED = re.compile(
+    r"(?:\b(?:not(?! only)|never|hardly|barely|scarcely|rarely|cannot|nor|fails? to|far from"
+    r"|anything but)|n't)(?:\s+(?:at all|at|all|really|even|clearly|usually|typically|necessarily|to"
+    r"|be|been|being|the|a|an|very|in any way|further|simply))*\s*$"
 )
 EXCLUDE = re.compile(
     r"\b(?:less (?:likely|probable)|unlikely|against|rul(?:es?|ed|ing)\b(?:\s+\w+){0,5}?\s+out"
@@ -52,10 +61,14 @@ CAUSE = re.compile(
     r"|produc(?:es?|ed|ing)|trigger(?:s|ed|ing)?|induc(?:es?|ed|ing)|provok(?:es?|ed|ing)|thereby"
     r"|so that|explain(?:s|ing)?)\b"
 )
+NEGATED_CAUSE = re.compile(
+    r"(?:\b(?:not|never|hardly|cannot|nor)|n't)\s+(?:lead|result|caus|produc|trigger|induc|provok|explain)"
+)
 # Prefixes; each counts once. Physiology, biochemistry, tissue and growth, then eye, brain, bone,
 # skin.
 MECHANISM: tuple[str, ...] = tuple(
-    """inflam isch infarct necro apopto fibro scar occlu obstruct block compress stretch perfus
+    """vessel clon nerve digest inflam isch infarct necro apopto fibro scar occlu obstruct block
+    compress stretch perfus
     vasodilat vasoconstrict vascul capillar permeab leak exudat transudat oedema edema congest
     pressure hydrostatic osmo oncotic gradient resistance preload afterload contractil output
     shunt hypox oxygen ventilat alveol surfactant collaps airway bronch mucus secret cilia fluid
@@ -63,7 +76,7 @@ MECHANISM: tuple[str, ...] = tuple(
     enzyme receptor hormon insulin glucose metabol lipid calcium phosphate potassium sodium acid
     ketone vitamin mineral deficien immun antibod autoimmun complement cytokine neutrophil
     macrophage lymphocyt granuloma bacteria virus viral infect toxin invas infiltrat prolifer
-    mitos mutat clonal growth differentiat angiogen metasta malignan cell nuclei keratin
+    mitos mutat growth differentiat angiogen metasta malignan cell nuclei keratin
     melanocyt pigment collagen elastin epitheli endotheli membrane barrier neuron axon myelin
     demyelin synap transmitter dopamin cortex cortical tract reflex ventric cerebrospinal csf
     intracranial aqueous trabecul retin optic photoreceptor neovascul osteoblast osteoclast
@@ -82,9 +95,27 @@ BROKEN = re.compile(
     r"|due)\s+(?:of|is|because|therefore|raises|lowers|suggests|supports|favours|against)\b"
     r"|\b(?:an?|the)\s+(?:to|and|with|in|at|for)\b|\b(?:of|with|for)\s+(?:to|and)\b"
 )
+# Pairs that no sentence has even once: the stem's words filled into a template.
+SHATTERED = re.compile(
+    r"\bthe\s+(?:an?|no|the|to|and|or|with|from|on|by|he|she|his|her|it|its|this|that|these|there|what"
+    r"|which|are|was|were|has|had|have|does|did|since|until|into|after|also)\b(?!-)"
+    r"|\b(?:in|to|of|with|without)\s+(?:are|is|has|was|were|have|had|of|and|does)\b(?!-)"
+    r"|\bthe (?:most|more) (?:likely|probable) (?:with|and|of|supports?|raises|is less)\b"
+    r"|\b(?:an?|the) [a-z-]+ (?:an?|the|his|her|and with|with an?d?|of with|to with)\s+(?:supports?|raises|lowers)\b"
+)
+# A sentence's first word in the middle of another: pieces of the stem put together.
+SPLICED = re.compile(r"[a-z,] +(?:The|There|This|His|Her|He|She|It|What|Which|Choose)\b")
 CUE_STEMS = content_stems(
     "makes making made rules ruled against argues argue excludes excluded fits fit explains "
     "explained differential supports favours favors suggests consistent therefore because leads "
     "leading results resulting causes causing caused produces triggers response conclude concluded "
     "conclusion unlikely absence lacks lacking missing clear would does points raises lowers"
 )
+
+
+def affirmed(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The first match of a cue that nothing before it takes back."""
+    for match in pattern.finditer(text):
+        if not NEGATED.search(text, max(0, match.start() - 40), match.start()):
+            return match
+    return None

@@ -15,11 +15,20 @@ WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\bvs\.)(?<!e\.g\.)(?<!i\.e\.)\s+|\n+")
 _LIST_MARK = re.compile(r"(?m)^\s*(?:\d{1,2}[.)]|[-*\u2022])\s+")
 _NUMBERED = re.compile(r"(?m)^\s*\d{1,2}[.)]\s+(.+)$")
+_BULLETS = re.compile(r"(?m)^\s*[-*\u2022]\s+(.+)$")
+# A part of the stem with one of these says that something is missing, whatever it names.
+_STEM_ABSENCE = re.compile(
+    r"\b(?:no|not|without|absent|absence|lost|loss|missing|negative|denies|normal|never|nor|neither)\b"
+)
+_SAYS_ABSENT = re.compile(
+    r"\b(?:no|without|absence of|lack of|lacks|lacking)\s+(?:an?\s+|any\s+|the\s+)?([a-z0-9' -]+)"
+)
+_NARROWS = frozenset("on in at during with of over to from after before by under when".split())
 _MARKUP = re.compile(r"[*_`#]{1,4}(?=\S)|(?<=\S)[*_`]{1,3}")
 _ACRONYM = re.compile(r"\b[A-Z]{2,6}\b")
 _CHUNK_END = re.compile(r"[.,;:!?()\[\]\"\n/]| - ")
 _LETTER_NAMED = re.compile(
-    r"\b(?:option|choice|answer(?:\s+is)?:?)\s*[*(\[]*([A-J])\b(?![A-Za-z'])"
+    r"\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer(?:\s+is)?:?)\s*[*(\[]*([A-J])\b(?![A-Za-z'])"
     r"|[(\[*]([A-J])[)\]*]|\bis\s+([A-J])(?=\s*(?:[.,;:]|$))|^\s*([A-J])[.)](?=\s|$)"
 )
 
@@ -98,9 +107,13 @@ class Case:
         self.letters = tuple(letter for letter, _ in options)
         self.question_words = WORD.findall(question.lower())
         chunks: dict[frozenset[str], None] = {}
+        present: set[frozenset[str]] = set()
         for part in (*_CHUNK_END.split(question.lower()), *(f"{f.lower()}" for f in findings)):
-            for chunk in _content_runs(part):
-                chunks.setdefault(frozenset(chunk))
+            for run in _content_runs(part):
+                chunks.setdefault(frozenset(run))
+                if not _STEM_ABSENCE.search(part):
+                    present.add(frozenset(run))
+        self._present = present
         self.findings: tuple[frozenset[str], ...] = tuple(chunks)
         self.finding_stems = frozenset().union(*self.findings) if self.findings else frozenset()
         texts = {letter: WORD.findall(text.lower()) for letter, text in options}
@@ -153,14 +166,29 @@ class Case:
                 found.append(Mention(letter, places[0].start(), places[-1].end()))
         return found
 
+    def denies(self, lower: str) -> bool:
+        """Whether a sentence says that something the stem reports is missing: "without fever"."""
+        for match in _SAYS_ABSENT.finditer(lower):
+            said: set[str] = set()
+            for word in WORD.findall(match.group(1)):
+                found = content_stem(word)
+                if not found:
+                    if word in _NARROWS:  # "no pain on walking" may well be so
+                        said.clear()
+                    break
+                said.add(found)
+            if said and any(said <= chunk for chunk in self._present):
+                return True
+        return False
+
     def findings_in(self, stems: set[str]) -> set[int]:
-        """Indices of the findings a set of content stems names: a third of the words of the
+        """Indices of the findings a set of content stems names: two fifths of the words of the
         finding, each word counting for one finding only."""
         named: set[int] = set()
         free = stems & self.finding_stems
         for index, chunk in enumerate(self.findings):
             hit = chunk & free
-            if hit and len(hit) * 3 >= len(chunk):
+            if hit and len(hit) * 5 >= len(chunk) * 2:
                 named.add(index)
                 free = free - hit
         return named
@@ -215,7 +243,10 @@ def read_case(
 
 @dataclasses.dataclass
 class Sentence:
-    """One sentence of a trace with what it names; findings exclude the words of named options."""
+    """One sentence of a trace with what it names; findings exclude the words of named options.
+
+    A sentence that ``denies`` what the stem reports names no finding.
+    """
 
     text: str
     lower: str
@@ -223,8 +254,13 @@ class Sentence:
     mentions: list[Mention]
     stems: set[str]
     findings: set[int]
+    denies: bool
 
-    @property
+    @functools.cached_property
+    def words(self) -> list[str]:
+        return WORD.findall(self.lower)
+
+    @functools.cached_property
     def letters(self) -> set[str]:
         return {mention.letter for mention in self.mentions}
 
@@ -236,27 +272,38 @@ def masked(text: str, mentions: list[Mention]) -> str:
     return text
 
 
+@functools.lru_cache(maxsize=16)
+def _unmarked(think: str) -> str:
+    return _MARKUP.sub("", think) if any(mark in think for mark in "*_`#") else think
+
+
 def read_sentences(think: str, case: Case) -> list[Sentence]:
     """The sentences of a trace in order, without list markers and wordless fragments."""
     sentences, position = [], 0
-    text = case.join_letters(_LIST_MARK.sub("", _MARKUP.sub("", think)))
+    text = case.join_letters(_LIST_MARK.sub("", _unmarked(think)))
     pieces = _SENTENCE_END.split(text)
     for piece in pieces:
         start = text.find(piece, position)
         position = start + len(piece)
-        if not WORD.search(piece.lower()):
+        lower = piece.lower()
+        if not WORD.search(lower):
             continue
         mentions = case.mentions(piece)
-        stems = content_stems(masked(piece.lower(), mentions))
-        sentences.append(
-            Sentence(piece, piece.lower(), start, mentions, stems, case.findings_in(stems))
-        )
+        stems = content_stems(masked(lower, mentions))
+        denies = case.denies(lower)
+        findings = set() if denies else case.findings_in(stems)
+        sentences.append(Sentence(piece, lower, start, mentions, stems, findings, denies))
     return sentences
 
 
 def numbered_items(think: str) -> list[str]:
     """The items of a numbered list in a trace ("1. ...", "2) ..."), without their numbers."""
-    return _NUMBERED.findall(_MARKUP.sub("", think))
+    return _NUMBERED.findall(_unmarked(think))
+
+
+def bullet_items(think: str) -> list[str]:
+    """The items of a list with bullets, without their marks."""
+    return _BULLETS.findall(_unmarked(think)) if "\n" in think else []
 
 
 def copied_share(words: list[str], source: list[str], size: int = 4) -> float:

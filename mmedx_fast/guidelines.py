@@ -9,29 +9,35 @@ Gates of every guideline
     sentences   at least two of three words or more
     diversity   distinct words above 30 %
     repeats     no line or sentence three times
-    prose       function words at least 15 %, at most one broken word pair ("the of", "to.")
+    prose       function words at least 15 %, at most one broken word pair ("due of", "to."), none
+                that no sentence has ("the his", "with are"), no "The" in the middle of one
     own_words   at most half of the 4-word runs copied from the stem
     single      not the marks of two further guidelines besides the own one
     named       a concluding sentence (most likely, therefore, thus, best explained by, answer is,
                 diagnosis is, conclude), last or in the last 30 %, names an option (text or letter)
     agrees      that option is the answer, and no other sentence with "answer is", "diagnosis is",
-                "therefore" or "thus" concludes on another one; contradiction pays nothing
+                "therefore" or "thus" concludes on another one, or takes it back ("the answer is
+                never X"); contradiction pays nothing
+    backed      no other option is supported by as many sentences of its own as the answer
+    findings    two distinct findings are named (three if intuitive; all, if the stem has fewer)
 
+A cue that is taken back ("does not support", "never leads to", "not at all typical of") is none.
 A *finding* is a phrase of the question stem (or of ``findings``) named outside an option's text:
-"fever", "tracheal deviation". All checks are within ONE sentence unless they say otherwise.
+"fever", "tracheal deviation". A sentence that says that a finding of the stem is missing ("without
+fever") names none. All checks are within ONE sentence unless they say otherwise.
 
 differential
     D1_list*          a cue (differential, possible, consider, candidates, could be, include) with
-                      two or more options, or a numbered list of three
+                      two or more options, a numbered list of three, or bullets that begin with
+                      three options
     D2_candidates*    the list has three candidates (all, if fewer options), two of them options
     D3_exclusion*     after the list: another option + less likely / unlikely / against / ruled out
                       / excluded / does not fit + a finding, or no / without / absence of / lacks
                       and a content word, or because / since / given and two of them
-    D3_support        after the list: the winner + supports / favours / fits / suggests ... + a
+    D3_support*       after the list: the winner + supports / favours / fits / suggests ... + a
                       finding
     D4_winner_listed  the concluded option stands in the list
 intuitive
-    gate findings     three distinct findings (all, if the stem has fewer)
     I1_association*   two findings + suggests / consistent with / classic for / characteristic of /
                       typical of / points to / seen in ... + the concluded option
     I2_prompt         the conclusion is that sentence or at most two later
@@ -39,15 +45,16 @@ intuitive
                       causal connective
 analytic
     A1_causal*        two sentences with because / due to / leads to / results in / causes /
-                      causing / in response to ... and content on both sides
+                      causing / in response to ... and content on both sides; none denies a cause
     A2_mechanism*     two distinct mechanism terms (``guideline_lexicon.MECHANISM``) in those
-    A3_explains*      one of them holds a mechanism term and a finding
-    A4_chain          a word of one's effect is in the cause or topic of a later one, or there are
+    A3_explains*      one of them has a mechanism term in its cause and a finding in its effect; all
+                      of them name two findings
+    A4_chain*         a word of one's effect is in the cause or topic of a later one, or there are
                       three causal sentences
 bayesian
     B1_prior*         prior / pre-test / base rate / prevalence + an option + a number (20 %, 0.2)
     B2_updates*       two later sentences: a finding not used before + raises / lowers / updates
-                      ... + a new number
+                      ... + a new number; three words of findings among them
     B3_numbers*       all within 0..100 %; each moves as its verb says; "from" repeats the last
                       value; the posterior does not turn back; the end differs from the prior
     B4_posterior      at or after the last update: posterior / post-test + a number + the winner
@@ -79,10 +86,16 @@ from mmedx_fast.guideline_lexicon import (
     EXCLUDE,
     LIST_CUE,
     MECHANISM_PATTERN,
+    NEGATED,
+    NEGATED_CAUSE,
     PROBABILITY,
     REASON,
+    SHATTERED,
+    SPLICED,
     STRONG_CONCLUDE,
     SUPPORT,
+    TURNED,
+    affirmed,
 )
 from mmedx_fast.guideline_text import (
     FUNCTION_WORDS,
@@ -90,6 +103,7 @@ from mmedx_fast.guideline_text import (
     Case,
     Mention,
     Sentence,
+    bullet_items,
     content_stems,
     copied_share,
     masked,
@@ -135,6 +149,10 @@ GUIDELINES: dict[str, Guideline] = {
 }
 
 
+# A causal sentence: stems of its cause and topic, of its effect, of its cause alone, mechanism terms.
+Causal = tuple[Sentence, set[str], set[str], set[str], set[str]]
+
+
 @dataclasses.dataclass
 class _Trace:
     """A read trace: sentences, the concluding sentence's index (-1: none) and its option."""
@@ -147,11 +165,16 @@ class _Trace:
     winner: str | None
 
     @functools.cached_property
+    def named(self) -> set[int]:
+        """The findings that any sentence names."""
+        return set().union(*(s.findings for s in self.sentences)) if self.sentences else set()
+
+    @functools.cached_property
     def listed(self) -> tuple[int, set[str], int] | None:
         return _candidate_list(self)
 
     @functools.cached_property
-    def causal(self) -> list[tuple[Sentence, set[str], set[str], set[str]]]:
+    def causal(self) -> list[Causal]:
         return _causal(self)
 
 
@@ -171,10 +194,16 @@ def _clauses(sentence: Sentence) -> list[tuple[int, int, bool]]:
 
 def _concluded(sentence: Sentence, cue: re.Pattern[str]) -> str | None:
     """The option a sentence concludes on: by its cue's clause first, what it rejects left out."""
-    cues = list(cue.finditer(sentence.lower))
-    if not cues or not sentence.mentions:
+    if not sentence.mentions:
         return None
-    at = cues[-1].start()
+    cues = [
+        match.start()
+        for match in cue.finditer(sentence.lower)
+        if not NEGATED.search(sentence.lower, max(0, match.start() - 40), match.start())
+    ]
+    if not cues:
+        return None
+    at = cues[-1]
     clauses = _clauses(sentence)
     home = next(i for i, (start, end, _) in enumerate(clauses) if start <= at < max(end, start + 1))
 
@@ -203,30 +232,63 @@ def _read(think: str, case: Case) -> _Trace:
 
 
 def _common_gates(trace: _Trace, answer: str | None) -> dict[str, bool]:
-    words, count = trace.words, len(trace.words)
+    words, count, lower = trace.words, len(trace.words), trace.think.lower()
     lines = Counter(line.strip().lower() for line in trace.think.splitlines() if line.strip())
-    said = Counter(" ".join(WORD.findall(s.lower)) for s in trace.sentences)
+    said = Counter(" ".join(s.words) for s in trace.sentences)
     strong = [
         _concluded(s, STRONG_CONCLUDE)
         for s in trace.sentences
-        if answer not in s.letters and not LIST_CUE.search(s.lower)
+        if s.mentions and answer not in s.letters and not LIST_CUE.search(s.lower)
     ]
+    taken_back = any(
+        s.letters == {answer} and CONCLUDE.search(s.lower) and _concluded(s, CONCLUDE) is None
+        for i, s in enumerate(trace.sentences)
+        if i != trace.end
+    )
     return {
         "length": 15 <= count <= 600,
-        "sentences": sum(len(WORD.findall(s.lower)) >= 3 for s in trace.sentences) >= 2,
+        "sentences": sum(len(s.words) >= 3 or i == trace.end for i, s in enumerate(trace.sentences))
+        >= 2,
         "diversity": len(set(words)) > 0.3 * count,
         "repeats": max([*lines.values(), *said.values(), 0]) < 3,
         "prose": sum(word in FUNCTION_WORDS for word in words) >= 0.15 * count
-        and len(BROKEN.findall(trace.think.lower())) <= 1,
+        and len(BROKEN.findall(lower)) <= 1
+        and not SHATTERED.search(lower)
+        and not SPLICED.search(trace.think),
         "own_words": copied_share(words, trace.case.question_words) <= 0.5,
         "named": trace.winner is not None,
-        "agrees": trace.winner is not None and trace.winner == answer and not any(strong),
+        "agrees": trace.winner is not None
+        and trace.winner == answer
+        and not any(strong)
+        and not taken_back,
+        "backed": _backed(trace, answer),
+        "findings": len(trace.named) >= min(2, max(1, len(trace.case.findings))),
     }
+
+
+def _backed(trace: _Trace, answer: str | None) -> bool:
+    """Whether no option is supported by as many sentences of its own as the answer, or more."""
+    votes: Counter[str] = Counter()
+    others = {m.letter for s in trace.sentences[: trace.end] for m in s.mentions} - {answer}
+    for sentence in trace.sentences[: trace.end] if others else ():
+        named = answer if answer in sentence.letters else min(sentence.letters, default=None)
+        if named is None or (named != answer and len(sentence.letters) > 1):
+            continue
+        cue = affirmed(SUPPORT, sentence.lower) or affirmed(ASSOCIATE, sentence.lower)
+        if cue and not EXCLUDE.search(sentence.lower) and not TURNED.search(sentence.lower):
+            votes[named] += 1
+    own = votes.pop(answer or "", 0)
+    return not votes or max(votes.values()) < max(own, 1)
 
 
 def _candidate_list(trace: _Trace) -> tuple[int, set[str], int] | None:
     """(index of its first sentence, options in it, number of candidates) of the first list."""
-    items = numbered_items(trace.think)
+    items, bullets = numbered_items(trace.think), bullet_items(trace.think)
+    heads = [
+        ms[0].letter for item in bullets if (ms := trace.case.mentions(item)) and ms[0].start < 5
+    ]
+    if len(set(heads)) >= 3:  # bullets are steps as often as candidates
+        items = items or bullets
     if len(items) >= 3:
         named = [trace.case.mentions(item) for item in items]
         first = next((i for i, s in enumerate(trace.sentences) if items[0].startswith(s.text)), 0)
@@ -256,12 +318,14 @@ def _differential(trace: _Trace) -> dict[str, bool]:
             or (said and ABSENCE.search(sentence.lower))
             or (len(said) >= 2 and REASON.search(sentence.lower))
         )
+        if sentence.denies:
+            reason = None
         if len(trace.case.letters) < 2:  # open question: the candidates' names are not known
             others = {"?"}
         excluded |= bool(others and EXCLUDE.search(sentence.lower) and reason)
         supported |= bool(
             trace.winner in sentence.letters
-            and SUPPORT.search(sentence.lower)
+            and affirmed(SUPPORT, sentence.lower)
             and sentence.findings
         )
     return {
@@ -278,7 +342,7 @@ def _intuitive(trace: _Trace) -> dict[str, bool]:
         (
             index
             for index, s in enumerate(trace.sentences)
-            if len(s.findings) >= 2 and trace.winner in s.letters and ASSOCIATE.search(s.lower)
+            if len(s.findings) >= 2 and trace.winner in s.letters and affirmed(ASSOCIATE, s.lower)
         ),
         None,
     )
@@ -295,12 +359,11 @@ def _intuitive(trace: _Trace) -> dict[str, bool]:
     }
 
 
-def _causal(trace: _Trace) -> list[tuple[Sentence, set[str], set[str], set[str]]]:
-    """(sentence, stems of its cause and topic, stems of its effect, mechanism terms), where both
-    sides of the connective say something."""
+def _causal(trace: _Trace) -> list[Causal]:
+    """The causal sentences in which both sides of the connective say something."""
     found = []
     for sentence in trace.sentences:
-        match = CAUSE.search(sentence.lower)
+        match = affirmed(CAUSE, sentence.lower)
         if match is None:
             continue
         before, after = sentence.lower[: match.start()], sentence.lower[match.end() :]
@@ -309,37 +372,45 @@ def _causal(trace: _Trace) -> list[tuple[Sentence, set[str], set[str], set[str]]
         left, right = content_stems(before) - CUE_STEMS, content_stems(after) - CUE_STEMS
         if left and right:
             said = masked(sentence.lower, sentence.mentions)
-            cause, effect = (left | right, left) if match.group("back") else (left, right)
-            found.append((sentence, cause, effect, set(MECHANISM_PATTERN.findall(said))))
+            terms = set(MECHANISM_PATTERN.findall(said))
+            if match.group("back"):
+                found.append((sentence, left | right, left, right, terms))
+            else:
+                found.append((sentence, left, right, left, terms))
     return found
 
 
 def _analytic(trace: _Trace) -> dict[str, bool]:
     causal = trace.causal
+    sentences = [sentence for sentence, *_ in causal]
     terms = set().union(*(mechanism for *_, mechanism in causal)) if causal else set()
+    causes = {s.start for s in sentences}
+    denied = any(
+        s.start not in causes
+        and NEGATED_CAUSE.search(s.lower)
+        and affirmed(CAUSE, s.lower) is None
+        and not s.letters - {trace.winner}
+        for s in trace.sentences
+    )
+    found = set().union(*(s.findings for s in sentences)) if causal else set()
     explains = any(
-        sentence.findings and MECHANISM_PATTERN.search(_without_findings(sentence, trace.case))
-        for sentence, *_ in causal
+        trace.case.findings_in(effect)
+        and MECHANISM_PATTERN.search(" ".join(origin - trace.case.finding_stems))
+        for _, _, effect, origin, _ in causal
     )
     chain = any(
         causal[i][2] & causal[j][1] for i in range(len(causal)) for j in range(i + 1, len(causal))
     )
     return {
-        "A1_causal": len(causal) >= 2,
+        "A1_causal": len(causal) >= 2 and not denied,
         "A2_mechanism": len(terms) >= 2,
-        "A3_explains": explains,
+        "A3_explains": explains and len(found) >= min(2, len(trace.case.findings)),
         "A4_chain": len(causal) >= 2 and (chain or len(causal) >= 3),
     }
 
 
-def _without_findings(sentence: Sentence, case: Case) -> str:
-    named = frozenset().union(*(case.findings[index] for index in sentence.findings))
-    words = WORD.findall(masked(sentence.lower, sentence.mentions))
-    return " ".join(word for word in words if not content_stems(word) & named)
-
-
 def _bayesian(trace: _Trace) -> dict[str, bool]:
-    return read_updates(trace.sentences, trace.winner)
+    return read_updates(trace.sentences, trace.winner, trace.case.finding_stems)
 
 
 def _lists(trace: _Trace) -> bool:
@@ -364,9 +435,9 @@ _CRITERIA: dict[str, Callable[[_Trace], dict[str, bool]]] = {
     "bayesian": _bayesian,
 }
 _CORE = {
-    "differential": ("D1_list", "D2_candidates", "D3_exclusion"),
+    "differential": ("D1_list", "D2_candidates", "D3_exclusion", "D3_support"),
     "intuitive": ("I1_association", "I3_economy"),
-    "analytic": ("A1_causal", "A2_mechanism", "A3_explains"),
+    "analytic": ("A1_causal", "A2_mechanism", "A3_explains", "A4_chain"),
     "bayesian": ("B1_prior", "B2_updates", "B3_numbers", "B6_highest"),
 }
 
@@ -376,8 +447,7 @@ def _judge(trace: _Trace, guideline: str, gates: dict[str, bool]) -> Adherence:
     gates = gates | {"single": len(foreign) < 2}
     criteria = _CRITERIA[guideline](trace)
     if guideline == "intuitive":
-        named = set().union(*(s.findings for s in trace.sentences)) if trace.sentences else set()
-        gates["findings"] = len(named) >= min(3, max(1, len(trace.case.findings)))
+        gates["findings"] = len(trace.named) >= min(3, max(1, len(trace.case.findings)))
     else:
         criteria["focus"] = not any(all(_CRITERIA[name](trace).values()) for name in foreign)
     if not all(gates.values()):

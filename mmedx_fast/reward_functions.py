@@ -86,6 +86,14 @@ def format_reward(
     return [float(format_ok(completion_text(completion))) for completion in completions]
 
 
+def share_if_wrong(gate: str, on_wrong: float) -> float:
+    """What a wrong answer leaves of :func:`guideline_reward`, by its arguments."""
+    shares = {"correct": 0.0, "weighted": on_wrong, "none": 1.0}
+    if gate not in shares:
+        raise ValueError(f"gate is {gate!r}; choose one of {', '.join(shares)}")
+    return shares[gate]
+
+
 def guideline_reward(
     prompts: Sequence[Any],
     completions: Sequence[Completion],
@@ -99,18 +107,20 @@ def guideline_reward(
     findings: Sequence[Sequence[str] | None] | None = None,
     require_format: bool = True,
     on_wrong: float = 0.25,
+    gate: str = "weighted",
     **kwargs: Any,
 ) -> list[float | None]:
     """Adherence in [0, 1] to the row's guideline; None for a row without one.
 
-    Judged against the answer the completion itself gives, and multiplied by ``on_wrong`` where that
-    is not the gold answer: 0 pays only for right answers, 1 ignores correctness. With
+    Judged against the answer the completion itself gives. ``gate`` says what a wrong answer leaves
+    of it: "weighted" the share ``on_wrong``, "correct" nothing, "none" all of it. With
     ``require_format`` a malformed completion gets 0. Columns: ``guideline``, ``question`` (the
     stem), the columns of :func:`accuracy_reward`, and optionally ``findings`` (phrases per row,
     such as the image's).
     """
     if not 0.0 <= on_wrong <= 1.0:
         raise ValueError(f"on_wrong is {on_wrong}; give a factor between 0 and 1")
+    on_wrong = share_if_wrong(gate, on_wrong)
     size = len(completions)
     names = _column("guideline", guideline, size, "guideline_reward")
     stems = _column("question", question, size, "guideline_reward")

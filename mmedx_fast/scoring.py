@@ -17,13 +17,19 @@ _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _ANSWER_LINE = re.compile(r"answer(?:\s+is\b\s*:?|[\s*]*:)[ \t]*", re.IGNORECASE)
 _BRACE = re.compile(r"\\boxed\s*\{|[{}]")
-_WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|mathbf|boxed)\s*\{([^{}]*)\}")
+_WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|mathbf|boxed)\s*\{|[{}]")
 _LETTER_ALONE = re.compile(r"[\s*_(\[\"']*([A-Za-z])[\s*_)\]\"'.:,]*", re.DOTALL)
 _LETTER_REST = re.compile(r"[\s*_(\[\"']*([A-Za-z])[*_]*[)\].:,]+[*_]*\s*(\S.*)", re.DOTALL)
 _HEDGE = re.compile(
     r"(?:or|and|/|,|&)\s*[*_(\[]*[A-Za-z](?![A-Za-z])|[*_(\[]*[A-Za-z](?:[)\].:,*_]|$)",
     re.IGNORECASE,
 )
+_DENIED = re.compile(
+    r"(?:(?:is|was|would be|seems|cannot be|can't be)\s+)?(?:not|wrong|incorrect|false|unlikely"
+    r"|less likely|ruled out|excluded)\b|(?:isn't|wasn't|cannot|can't)\b",
+    re.IGNORECASE,
+)
+_MARKED = re.compile(r"(?<![A-Za-z0-9'])([A-Z])(?:[)\].:*_]|\s*$)")
 _STRIP = " \t\n.,;:!?\"'`*_\u3002\uff0c\uff1a"  # not + and -: "HER2+" and "HER2-" are two options
 _BRACKETED = re.compile(r"\(([^()]*)\)|\[([^\[\]]*)\]")
 _MEDEVALKIT_MARKERS = (
@@ -34,9 +40,15 @@ _MEDEVALKIT_MARKERS = (
 
 def normalise(text: str) -> str:
     """One case and Unicode form, single blanks, no stops, quotes or brackets around the whole."""
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_STRIP)
+    folded = " ".join(_fold(_fold(text)).split()).strip(_STRIP)  # once is not always the end of it
     wrapped = _BRACKETED.fullmatch(folded)
     return normalise(wrapped.group(1) or wrapped.group(2) or "") if wrapped else folded
+
+
+def _fold(text: str) -> str:
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 def format_ok(text: str) -> bool:
@@ -77,11 +89,18 @@ def last_boxed(text: str) -> str | None:
 def _unwrap(span: str) -> str:
     boxed = last_boxed(span)
     span = span if boxed is None else boxed
-    while True:
-        unwrapped = _WRAPPER.sub(r"\1", span)
-        if unwrapped == span:
-            return span.strip().strip("$").strip()
-        span = unwrapped
+    opened: list[re.Match[str]] = []
+    cuts: list[tuple[int, int]] = []  # in one pass: wrappers may be nested thousands deep
+    for match in _WRAPPER.finditer(span):
+        if match.group() != "}":
+            opened.append(match)
+        elif opened and len((start := opened.pop()).group()) > 1:
+            cuts += [start.span(), match.span()]
+    kept, done = [], 0
+    for begin, end in sorted(cuts):
+        kept.append(span[done:begin])
+        done = end
+    return "".join([*kept, span[done:]]).strip().strip("$").strip()
 
 
 def answer_span(text: str) -> str | None:
@@ -89,14 +108,15 @@ def answer_span(text: str) -> str | None:
     none.
 
     In this order: the last closed ``<answer>`` block, the last balanced ``\boxed{}``, the last
-    "answer is ..." or "answer: ..." line. The last two are looked for after a closed ``</think>``
-    if there is one, so that a thought on the way is not read as the answer.
+    "answer is ..." or "answer: ..." line. The last two are looked for outside the thought alone:
+    after the last ``</think>`` if there is one, and before a ``<think>`` that is never closed.
     """
     start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
     if start != -1:
         return _unwrap(text[start + len("<answer>") : text.find("</answer>", start)])
     if "</think>" in text:
         text = text.rpartition("</think>")[2]
+    text = text.partition("<think>")[0]
     boxed = last_boxed(text)
     if boxed is not None:
         return _unwrap(boxed)
@@ -109,8 +129,8 @@ def match_option(span: str, options: Mapping[str, str]) -> str | None:
 
     A lone letter in range (brackets, stars and a stop allowed), else the exact normalised text of
     just one option, else a letter with its mark followed by more ("B. Pericarditis"); the article
-    of "A patient ..." is no letter, and a second letter or another option's text after the first is
-    a hedge.
+    of "A patient ..." is no letter, a second letter or another option's text after the first is a
+    hedge, and "B) is wrong" states nothing.
     """
     letters = {letter.upper(): letter for letter in options}
     alone = _LETTER_ALONE.fullmatch(span)
@@ -122,15 +142,40 @@ def match_option(span: str, options: Mapping[str, str]) -> str | None:
         return same[0] if len(same) == 1 else None
     marked = _LETTER_REST.fullmatch(span)
     if marked is not None and marked.group(1).upper() in letters:
-        letter, rest = letters[marked.group(1).upper()], marked.group(2)
-        stated = normalise(rest)
-        own = stated == normalise(options[letter])
-        other = any(stated == normalise(text) for text in options.values())
-        return letter if own or not (other or _HEDGE.match(rest)) else None
+        letter = letters[marked.group(1).upper()]
+        return letter if _stands(letter, marked.group(2), wanted, options) else None
     head, _, rest = span.strip(_STRIP).partition(" ")
     if head in letters and normalise(rest) == normalise(options[letters[head]]):
         return letters[head]
     return None
+
+
+def _stands(letter: str, rest: str, span: str, options: Mapping[str, str]) -> bool:
+    """Whether the marked ``letter`` is what a span states, given the text after it.
+
+    Not if that text denies it, hedges, or is another option's; nor if the "letter" begins another
+    option's name or shortens it ("E. coli", "A. fumigatus").
+    """
+    stated = normalise(rest)
+    if stated == normalise(options[letter]):
+        return True
+    if _HEDGE.match(rest) or _DENIED.match(rest):
+        return False
+    if any(m.group(1) in options and m.group(1) != letter for m in _MARKED.finditer(rest)):
+        return False
+    words = set(re.findall(r"\w+", stated))
+    own = words & set(re.findall(r"\w+", normalise(options[letter])))
+    for key, text in options.items():
+        other = normalise(text)
+        if key != letter and other and (stated == other or _begins(span, other)):
+            return False
+        if key != letter and words and not own and words <= set(re.findall(r"\w+", other)):
+            return False
+    return True
+
+
+def _begins(text: str, start: str) -> bool:
+    return text.startswith(start) and not text[len(start) : len(start) + 1].isalnum()
 
 
 def extract_answer(text: str, options: Mapping[str, str] | None) -> str | None:

@@ -22,11 +22,15 @@ class Estimate(NamedTuple):
 
 
 class McNemar(NamedTuple):
-    """``only_first`` / ``only_second``: questions only that model answered rightly; two-sided p."""
+    """``only_first`` / ``only_second``: questions only that model answered rightly; two-sided p.
+
+    ``p_value`` is exact, hence conservative; ``mid_p`` counts the observed split by half.
+    """
 
     only_first: int
     only_second: int
     p_value: float
+    mid_p: float
 
 
 def _check_confidence(confidence: float) -> None:
@@ -130,6 +134,45 @@ def macro_average(
     return Estimate(float(np.mean([array.mean() for array in arrays])), low, high)
 
 
+def accuracy_interval(
+    hits: int, total: int, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Estimate:
+    """Percentile bootstrap interval of an accuracy, from its counts alone.
+
+    A resample of ``total`` zeros and ones holds a binomial number of ones, so that drawing that
+    number is the bootstrap itself, whatever ``total``. The interval shrinks to a point where all or
+    none are hits: use :func:`wilson_interval` there.
+    """
+    return macro_accuracy(
+        {"": (hits, total)}, confidence=confidence, resamples=resamples, seed=seed
+    )
+
+
+def macro_accuracy(
+    counts: Mapping[str, tuple[int, int]],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """:func:`macro_average` of accuracies given as (hits, total) by group, resampled within each."""
+    _check_confidence(confidence)
+    if not counts:
+        raise ValueError("macro_accuracy needs at least one group, got none")
+    generator = np.random.default_rng(seed)
+    means, value = np.zeros(_check_resamples(resamples)), 0.0
+    for name in sorted(counts):
+        hits, total = counts[name]
+        if not 0 <= hits <= total or total == 0:
+            raise ValueError(
+                f"group {name!r} has {hits} hits of {total}: give a positive total and hits within it"
+            )
+        means += generator.binomial(total, hits / total, resamples) / total
+        value += hits / total
+    low, high = _percentiles(means / len(counts), confidence)
+    return Estimate(value / len(counts), low, high)
+
+
 def mcnemar_exact(first: Values, second: Values) -> McNemar:
     """Exact two-sided McNemar test of two models on the same questions, in the same order.
 
@@ -145,10 +188,79 @@ def mcnemar_exact(first: Values, second: Values) -> McNemar:
         odd = np.flatnonzero((array != 0) & (array != 1))
         if odd.size:
             raise ValueError(f"{name}[{odd[0]}] is {array[odd[0]]}; a McNemar test needs 0 or 1")
-    only_first = int(((one == 1) & (two == 0)).sum())
-    only_second = int(((one == 0) & (two == 1)).sum())
-    discordant = only_first + only_second
-    tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1))
+    return mcnemar_counts(
+        int(((one == 1) & (two == 0)).sum()), int(((one == 0) & (two == 1)).sum())
+    )
+
+
+def mcnemar_counts(only_first: int, only_second: int) -> McNemar:
+    """:func:`mcnemar_exact` from the discordant counts."""
+    if min(only_first, only_second) < 0:
+        raise ValueError(f"discordant counts {only_first} and {only_second}: none may be negative")
+    discordant, fewer = only_first + only_second, min(only_first, only_second)
+    if discordant == 0:
+        return McNemar(0, 0, 1.0, 1.0)
+    term = tail = 1  # C(discordant, k) and its sum over k = 0..fewer
+    for k in range(fewer):
+        term = term * (discordant - k) // (k + 1)
+        tail += term
     # Integers until the last step: 2**discordant overflows a float from 1,024 pairs on.
-    p_value = min(1.0, (2 * tail) / (1 << discordant)) if discordant else 1.0
-    return McNemar(only_first, only_second, p_value)
+    whole = 1 << discordant
+    return McNemar(
+        only_first, only_second, min(1.0, (2 * tail) / whole), min(1.0, (2 * tail - term) / whole)
+    )
+
+
+def paired_interval(
+    only_first: int,
+    only_second: int,
+    total: int,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Second's accuracy minus first's on ``total`` shared questions, with its paired bootstrap
+    interval.
+
+    Questions are resampled with both their outcomes: a resample holds a multinomial number of each
+    of the two discordant kinds, which is drawn directly.
+    """
+    _check_confidence(confidence)
+    if min(only_first, only_second) < 0 or only_first + only_second > total or total == 0:
+        raise ValueError(
+            f"{only_first} and {only_second} discordant of {total} questions: give counts within a "
+            "positive total"
+        )
+    shares = np.array([only_first, only_second, total - only_first - only_second]) / total
+    drawn = np.random.default_rng(seed).multinomial(total, shares, _check_resamples(resamples))
+    low, high = _percentiles((drawn[:, 1] - drawn[:, 0]) / total, confidence)
+    return Estimate((only_second - only_first) / total, low, high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) step-down adjusted p-values, in the order given.
+
+    Rejecting those at or under a level keeps the chance of any false rejection under that level.
+    """
+    for row, p in enumerate(p_values):
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"p_values[{row}] is {p}; a p-value lies between 0 and 1")
+    adjusted, reached = [0.0] * len(p_values), 0.0
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    for rank, i in enumerate(order):
+        reached = max(reached, min(1.0, (len(order) - rank) * p_values[i]))
+        adjusted[i] = reached
+    return adjusted
+
+
+def correlation(first: Values, second: Values) -> float:
+    """Pearson's correlation of two columns [n], rows with a NaN left out; NaN if either is constant."""
+    one, two = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if one.shape != two.shape or one.ndim != 1:
+        raise ValueError(f"shapes {one.shape} and {two.shape}; give two columns of one length")
+    both = np.isfinite(one) & np.isfinite(two)
+    one, two = one[both], two[both]
+    if one.size < 2 or np.ptp(one) == 0 or np.ptp(two) == 0:
+        return math.nan
+    return float(np.corrcoef(one, two)[0, 1])

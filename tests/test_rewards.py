@@ -22,6 +22,7 @@ from mmedx_fast.rewards import (
     reward_name,
     soft_overlong_reward,
 )
+from mmedx_fast.scoring import medevalkit_score
 
 OPTIONS = {"A": "Asthma", "B": "Pulmonary embolism", "C": "Pneumonia"}
 STEM = "A man has pleuritic chest pain, dyspnoea and a swollen calf. What is the diagnosis?"
@@ -62,6 +63,27 @@ def test_accuracy_is_strict_and_reads_conversations() -> None:
     ]
 
 
+def test_no_reward_ever_guesses_by_similarity(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = [
+        "",
+        "pulmonary embolsm",
+        "<answer>pulmonary embolsm</answer>",
+        "B. Pulmonary",
+        f"<think>{THINK}",
+    ]
+    assert [medevalkit_score(text, OPTIONS, "B") for text in noise[1:]] == [1.0] * 4
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a reward asked for the most similar option")
+
+    monkeypatch.setattr("difflib.SequenceMatcher.ratio", refuse)
+    monkeypatch.setattr("mmedx_fast.scoring.medevalkit_score", refuse)
+    runner = RewardRunner([(name, 1.0, {}) for name in ("accuracy", "format", "guideline")])
+    rewards = runner.score(batch(*noise))
+    np.testing.assert_array_equal(rewards, 0.0)
+    assert runner.score(batch(GOOD))[0].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_accuracy_needs_a_gold_answer() -> None:
     with pytest.raises(ValueError, match="row 0 has no gold answer.*'answer_label'"):
         accuracy_reward(["p"], ["x"], options=[OPTIONS])
@@ -86,6 +108,10 @@ def test_guideline_reward_follows_format_correctness_and_guideline() -> None:
     assert (full, scaled, malformed, absent) == (1.0, 0.25, 0.0, None) and other < 0.35
     assert guideline_reward(**data, on_wrong=0.0)[1] == 0.0
     assert guideline_reward(**data, on_wrong=1.0)[1] == 1.0
+    for gate, left in (("weighted", 0.25), ("correct", 0.0), ("none", 1.0)):
+        assert guideline_reward(**data, gate=gate)[:2] == [1.0, left]
+    with pytest.raises(ValueError, match="gate is 'right'; choose one of correct, weighted, none"):
+        guideline_reward(**data, gate="right")
     assert guideline_reward(**data, require_format=False)[2] == 1.0
     with pytest.raises(ValueError, match="on_wrong is 2"):
         guideline_reward(**data, on_wrong=2.0)
@@ -263,3 +289,28 @@ def test_extras_and_partials() -> None:
     runner = RewardRunner([(functools.partial(scaled, factor=2.0), 1.0, {})])
     assert runner.names == ["scaled"]
     assert runner.score(batch("a"), trainer_state=3.0)[0, 0] == 6.0
+
+
+def test_the_correlation_of_adherence_and_accuracy_undoes_the_weighting() -> None:
+    from mmedx_fast.config import GbaConfig, RewardConfig
+    from mmedx_fast.stages.gba_update import adherence_metrics
+
+    names = ["accuracy_reward", "guideline_reward"]
+    right = np.float32([1, 1, 0, 0])
+
+    def found(adherences: list[float], **kwargs: Any) -> float | None:
+        share = {"none": 1.0, "correct": 0.0}.get(
+            kwargs.get("gate", ""), kwargs.get("on_wrong", 0.25)
+        )
+        paid = np.where(right == 1, adherences, np.float32(adherences) * share)
+        rewards = [RewardConfig(name=n, kwargs=kwargs if n == names[1] else {}) for n in names]
+        metrics = adherence_metrics(
+            GbaConfig(rewards=rewards), names, np.stack([right, paid], axis=1).astype(np.float32)
+        )
+        return metrics.get("adherence_accuracy_correlation")
+
+    for kwargs in ({}, {"on_wrong": 0.5}, {"gate": "none"}):
+        assert found([1.0, 0.5, 1.0, 0.5], **kwargs) == pytest.approx(0.0, abs=1e-6)
+        assert found([1.0, 1.0, 0.2, 0.2], **kwargs) == pytest.approx(1.0)
+    assert found([1.0, 1.0, 0.2, 0.2], gate="correct") is None
+    assert adherence_metrics(GbaConfig(), ["format_reward"], right[:, None]) == {}

@@ -57,6 +57,8 @@ OPTIONS = {
         "<answer>A</answer> wait <answer>B</answer>",
         "<think><answer>A</answer></think><answer>B</answer>",
         "<answer>A <answer>B</answer>",
+        "<think>A fits, I thought <answer>B</answer>",
+        "The answer is B. <think>Or is the answer: C, cut by the length lim",
     ],
 )
 def test_strict_reads_b(text: str) -> None:
@@ -86,7 +88,15 @@ def test_strict_reads_b(text: str) -> None:
         "<answer>B",
         r"\boxed{",
         "<think>The answer is B.</think>",
+        "<think>At first sight the answer is B, but",
+        r"<think>\boxed{B} might do</think> or <think> so the answer is B",
         "<answer>unsure</answer> the answer is B",
+        "<answer>A) is wrong, B) is right</answer>",
+        "<answer>B. Not this one</answer>",
+        "<answer>B. is ruled out by the ECG</answer>",
+        "<answer>B. Pericarditis or A. Myocardial infarction</answer>",
+        "<answer>B. Dissection</answer>",
+        "The answer is not B.",
     ],
 )
 def test_strict_never_guesses(text: str) -> None:
@@ -107,6 +117,16 @@ def test_every_option_text_and_letter_round_trips() -> None:
     for letter, text in tricky.items():
         for span in (letter, text, f"{letter}. {text}", f"({letter}) {text}", f" {text.upper()}. "):
             assert extract_answer(f"<answer>{span}</answer>", tricky) == letter, span
+
+
+def test_a_species_is_no_option_letter() -> None:
+    options = {"A": "Candida albicans", "B": "E. coli", "C": "Aspergillus fumigatus", "E": "None"}
+    assert extract_answer("<answer>E. coli</answer>", options) == "B"
+    assert extract_answer("<answer>E. coli from the gut</answer>", options) is None
+    assert extract_answer("<answer>E. coli, as in most cases</answer>", options) is None
+    assert extract_answer("<answer>A. fumigatus</answer>", options) is None
+    assert extract_answer("<answer>A. albicans</answer>", options) == "A"
+    assert extract_answer("<answer>C. fumigatus</answer>", options) == "C"
 
 
 def test_duplicate_option_texts_are_ambiguous() -> None:
@@ -161,6 +181,11 @@ def test_gold_must_be_an_option() -> None:
         ("<answer>A</answer><answer>B</answer>", "B", 0.0),
         ("<think>the rub makes pericarditis likel", "B", 1.0),
         ("<answer>aortic disection</answer>", "D", 1.0),
+        (r"\boxed{} B", "B", 0.0),
+        ("boxed but not so", "A", 0.0),  # the word "None" then, which is like "e. costochondritis"
+        ("<ANSWER>B</ANSWER>", "B", 1.0),  # no tag to it, but near enough
+        ("A patient has pericarditis", "B", 1.0),
+        ("A patient has pericarditis", "A", 0.0),
     ],
 )
 def test_medevalkit_multiple_choice_table(text: str, gold: str, score: float) -> None:
@@ -194,6 +219,17 @@ def test_medevalkit_answer_tag_switch() -> None:
         ("it is abnormal", "no", 1.0),
         ("<answer>no</answer>", "no", 1.0),
         (r"yes \boxed{no}", "no", 1.0),
+        ("I do not know", "no", 1.0),
+        ("Yes, I know", "yes", 0.0),
+        ("maybe", "yes", 0.0),
+        ("yes and no", "yes", 0.0),
+        ("", "no", 0.0),
+        ("", "left", 0.0),
+        ("<answer>Left</answer> lung", "left", 1.0),
+        (r"<answer>right</answer> \boxed{Left}", "left", 1.0),
+        ("<answer>left</answer><answer>right</answer>", "left", 0.0),
+        ("<think>left", "left", 0.0),
+        ("T2.\n", "t2", 1.0),
         ("Left.\n", "left", 1.0),
         ("left lung", "left", 0.0),
     ],
@@ -229,6 +265,12 @@ def test_degenerate_texts_are_read_in_linear_time() -> None:
         text = piece * 20_000
         assert extract_answer(text, OPTIONS) is None
         assert not format_ok(text)
+    for opening in (r"\text{", r"\boxed{", "{", "<answer>", "<think>"):
+        closing = {"<": "</" + opening[1:]}.get(opening[0], "}")
+        text = opening * 20_000 + "B" + closing * 20_000
+        for whole in (text, f"<answer>{text}</answer>", f"answer: {text}"):
+            assert extract_answer(whole, OPTIONS) in ("B", None)
+            think_text(whole)
     assert time.process_time() - start < 2.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -70,7 +71,32 @@ def rollout_advantages(
     for index, name in enumerate(names):
         picked = stats.reward[guideline == index]
         metrics[f"reward_guideline/{name}"] = float(picked.nanmean())
+    metrics |= adherence_metrics(gba, rewards.names, scores)
     return values, use, metrics
+
+
+def adherence_metrics(gba: GbaConfig, names: Sequence[str], scores: np.ndarray) -> dict[str, float]:
+    """How adherence goes with accuracy over the step's rollouts; nothing where it cannot be told.
+
+    The reward's own weighting of wrong answers is undone first, since it makes a correlation by itself.
+    Near zero, the form is followed whether the answer is right or not: what a gamed reward looks like.
+    """
+    import numpy as np
+
+    from mmedx_fast.reward_functions import share_if_wrong
+    from mmedx_fast.stats import correlation
+
+    if not {"accuracy_reward", "guideline_reward"} <= set(names):
+        return {}
+    at = list(names).index("guideline_reward")
+    kwargs = gba.rewards[at].kwargs
+    share = share_if_wrong(kwargs.get("gate", "weighted"), kwargs.get("on_wrong", 0.25))
+    if share == 0.0:
+        return {}
+    right = scores[:, list(names).index("accuracy_reward")]
+    followed = np.where(right == 1.0, scores[:, at], scores[:, at] / share)
+    found = correlation(followed, right)
+    return {} if math.isnan(found) else {"adherence_accuracy_correlation": found}
 
 
 @dataclass(frozen=True)
