@@ -11,8 +11,9 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from mmedx_fast.data import medxpertqa, mmedexpert
 from mmedx_fast.data.images import image_digest
@@ -118,6 +119,7 @@ def load_records(
     check_images: bool = True,
     require_reasoning: bool = False,
     limit: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> LoadResult:
     """Load one split of a data set.
 
@@ -126,10 +128,11 @@ def load_records(
     ``dev``; ``test``). ``format``: a name in ``LOADERS``, detected if ``None``. ``check_images``:
     reject rows whose image files are missing; the images themselves are not opened.
     ``require_reasoning``: reject rows without a trace to train on.
-    ``limit``: stop after that many records. Records without a specialty get one by the rules of
+    ``limit``: stop after that many records. ``options``: choices that the format offers, by name
+    (``Loader.options``). Records without a specialty get one by the rules of
     ``specialties.yaml``.
 
-    Raises ``ValueError`` for a path without the split, an unknown format, an empty file, an id that
+    Raises ``ValueError`` for a path without the split, an unknown format or option, an empty file, an id that
     occurs twice, and when every row was rejected. Single bad rows end up in
     ``LoadResult.rejected``.
     """
@@ -137,11 +140,21 @@ def load_records(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; give a positive number or None")
     loader = _loader(path, format)
+    chosen = loader.chosen(options or {})
     files = loader.files(path, split)
+    memory: dict[str, Any] = {}
     result = LoadResult([], [], loader.name, files, collections.Counter())
     first_seen: dict[str, str] = {}
     for file in files:
-        context = RowContext(split, require_reasoning, ImageFinder(file, check=check_images))
+        context = RowContext(
+            split,
+            require_reasoning,
+            ImageFinder(file, check=check_images, levels=loader.image_levels),
+            file,
+            files=tuple(files),
+            options=chosen,
+            memory=memory,
+        )
         for number, outcome in _outcomes(loader, file, context):
             if isinstance(outcome, Rejected):
                 result.rejected.append(outcome)

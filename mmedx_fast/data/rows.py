@@ -42,13 +42,22 @@ class RowError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class RowContext:
-    """What a loader may know besides the row and its number: what the caller asked for, and the
-    images.
+    """What a loader may know besides the row and its number: what the caller asked for, the images,
+    and the file.
+
+    ``options`` has a value for every name in the loader's ``options``. ``files`` are all files of
+    the split, of which ``file`` is read now; ``memory`` is the loader's own, empty when the first
+    file begins, for what one row must know of another.
     """
 
     split: str
     require_reasoning: bool
     images: ImageFinder
+    file: Path
+    files: tuple[Path, ...] = ()
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    allow_unanswered: bool = False
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +67,9 @@ class Loader:
     ``detect(row)`` says whether a raw row is of this format; ``files(path, split)`` lists the files
     of a split under a file or folder; ``rows(file)`` yields (row number from 1, raw row or the
     ``RowError`` that it is); ``parse(row, number, context)`` makes the record or raises
-    ``RowError``. ``columns`` names the format's columns, for messages.
+    ``RowError``. ``columns`` names the format's columns, for messages. ``options`` are the choices
+    that a caller has, {name: allowed values, the default first}. ``image_levels``: how many folders
+    above the data file images are looked for.
     """
 
     name: str
@@ -67,23 +78,39 @@ class Loader:
     parse: Callable[[Row, int, RowContext], Record]
     files: Callable[[Path, str], list[Path]]
     rows: Callable[[Path], Iterator[tuple[int, Row | RowError]]]
+    options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    image_levels: int = 1
+
+    def chosen(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Every option with its value, the default where none is given. Raises ``ValueError`` for a
+        name or value that the loader does not know.
+        """
+        for name, value in options.items():
+            if name not in self.options:
+                raise ValueError(
+                    f"{self.name} has no option {name!r}; "
+                    f"its options: {', '.join(self.options) or 'none'}"
+                )
+            if value not in self.options[name]:
+                allowed = ", ".join(map(repr, self.options[name]))
+                raise ValueError(f"{self.name} option {name} is {value!r}; give one of {allowed}")
+        return {name: options.get(name, allowed[0]) for name, allowed in self.options.items()}
 
 
 class ImageFinder:
     """Turns the image names of rows into ``ImageRef``; looks at directories, never into images.
 
-    A name is looked for beside the data file, in ``images/`` there, the same one folder up, and in
-    an
-    ``images.zip`` beside each; first as written, then by its last component alone. With
+    A name is looked for beside the data file, in ``images/`` there, the same ``levels`` folders up,
+    and in an ``images.zip`` beside each; first as written, then by its last component alone. With
     ``check=False`` a name that is not found is taken to lie in ``images/`` (or beside the file)
     instead of being refused.
     """
 
-    def __init__(self, file: Path, *, check: bool = True) -> None:
-        home = file.parent
+    def __init__(self, file: Path, *, check: bool = True, levels: int = 1) -> None:
+        homes = [file.parent, *file.parent.parents][: 1 + levels]
         self._check = check
-        self._folders = [home, home / "images", home.parent, home.parent / "images"]
-        self._zips = [z for z in (home / "images.zip", home.parent / "images.zip") if z.is_file()]
+        self._folders = [folder for home in homes for folder in (home, home / "images")]
+        self._zips = [z for home in homes if (z := home / "images.zip").is_file()]
         self._members: dict[Path, dict[str, str]] = {}
 
     def find(self, name: str, field: str = "images") -> ImageRef:
@@ -174,16 +201,27 @@ def _skip_line(lines: Any) -> None:
 def _parse_line(line: bytes) -> Row | RowError:
     try:
         text = line.decode("utf-8")
-        row = json.loads(text)
-        if (
-            "\\ud" in text or "\\uD" in text
-        ):  # half of a surrogate pair could never be written out again
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        return checked_object(json.loads(text), text)
     except UnicodeError:
         return RowError("line", line[:80], "not valid UTF-8")
     except (ValueError, RecursionError):
         return RowError("line", line[:80], "malformed JSON")
-    return row if isinstance(row, dict) else RowError("line", row, "not a JSON object")
+
+
+def checked_object(value: Any, text: str) -> Row | RowError:
+    """A parsed row and the text it came from; a ``RowError`` unless it is an object that can be
+    written out again, which half of a surrogate pair never can.
+    """
+    if not isinstance(value, dict):
+        return RowError("line", value, "not a JSON object")
+    try:
+        if not text.isascii():
+            text.encode("utf-8")
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeError:
+        return RowError("line", text[:80], "not valid UTF-8")
+    return value
 
 
 def text_field(row: Mapping[str, Any], field: str, *, required: bool = True) -> str | None:
