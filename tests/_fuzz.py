@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,21 @@ def _rename(row: dict[str, Any], rng: random.Random) -> None:
         name = rng.choice(list(row))
         value = row.pop(name)
         row[rng.choice((name.upper(), name.lower(), f" {name} ", name + "s"))] = value
+
+
+class MemoryFile:
+    """What readers need of a ``Path``, without a disk: 10,000 files are quick."""
+
+    def __init__(self, content: bytes, name: str = "memory.file") -> None:
+        self.content = content
+        self.name = name
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        assert mode == "rb"
+        return io.BytesIO(self.content)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def context_for(file: Path, loader: Loader, **changes: Any) -> RowContext:

@@ -17,7 +17,6 @@ from PIL import Image
 from mmedx_fast.data.conclusion import concluded_option
 from mmedx_fast.data.images import ImageError, image_digest, load_image
 from mmedx_fast.data.loaders import (
-    LOADERS,
     LoadResult,
     assert_disjoint,
     detect_format,
@@ -260,7 +259,7 @@ def test_formats_are_told_apart(tmp_path: Path) -> None:
         "medxpertqa": write_lines(tmp_path / "a.jsonl", ["{broken", hub_row(0)]),
         "mmedexpert": write_lines(tmp_path / "b" / "train.jsonl", [expert_row(0)]).parent,
     }
-    assert {name: detect_format(path) for name, path in files.items()} == {n: n for n in LOADERS}
+    assert {name: detect_format(path) for name, path in files.items()} == {n: n for n in files}
     odd = write_lines(tmp_path / "c.jsonl", [{"text": "hello"}])
     with pytest.raises(ValueError, match=r"not recognised \(columns found: text\).*medxpertqa"):
         load_records(odd, split="test")

@@ -16,7 +16,7 @@ MAX_ELEMENT_CHARS = 64 << 20
 
 _BLANKS = " \t\n\r"
 _LONGEST_TOKEN = len("-Infinity")
-_SCAN = json.JSONDecoder().scan_once
+_SCAN = json.JSONDecoder().raw_decode
 
 
 def read_json(file: Path) -> Iterator[tuple[int, Row | RowError]]:
@@ -114,9 +114,6 @@ class _Array:
             cut_off = error.msg.startswith("Unterminated")
             if not cut_off and error.pos < self._end_of_text() - _LONGEST_TOKEN:
                 raise self.error(f"is malformed in {self._place()} ({error.msg})") from None
-        except StopIteration as stop:
-            if stop.value < self._end_of_text() - _LONGEST_TOKEN:
-                raise self.error(f"is malformed in {self._place()}") from None
         except RecursionError:
             raise self.error(f"is nested too deeply in {self._place()}") from None
         except ValueError as error:  # an integer of more digits than Python converts

@@ -45,7 +45,7 @@ def parse(row: Row, number: int, context: RowContext) -> Record:
         raise RowError("reasoning", None, "MedXpertQA has no reasoning traces to train on")
     options = clean_options(_options(row.get("options")))
     label = label_field({"label": _single(row.get("label"))}, "label", options)
-    stem = _strip_choices(required_text(row, "question"))
+    stem = strip_choices(required_text(row, "question"))
     return Record(
         id=f"medxpertqa:{id_field(row)}",
         dataset="medxpertqa",
@@ -60,7 +60,7 @@ def parse(row: Row, number: int, context: RowContext) -> Record:
     )
 
 
-def _strip_choices(question: str) -> str:
+def strip_choices(question: str) -> str:
     """The stem before its last "Answer Choices:" line."""
     marks = list(_CHOICES.finditer(question))
     stem = question[: marks[-1].start()].strip() if marks else question

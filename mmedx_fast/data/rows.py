@@ -5,10 +5,11 @@ finding images.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 """The names under which a split's file is found; a split not listed goes by its own name."""
 
 MAX_LINE_BYTES = 64 << 20
+_OTHER_ARCHIVES = {"figures": ("images_2.zip",)}
+_MEMBER_FOLDERS = ("figures/", "imgs/", "images/")
 _LETTER = re.compile(r"[A-Z]")
 
 
@@ -69,7 +72,8 @@ class Loader:
     ``RowError`` that it is); ``parse(row, number, context)`` makes the record or raises
     ``RowError``. ``columns`` names the format's columns, for messages. ``options`` are the choices
     that a caller has, {name: allowed values, the default first}. ``image_levels``: how many folders
-    above the data file images are looked for.
+    above the data file images are looked for. ``suffixes``: of the files it may be, to spare others
+    a look; empty means any.
     """
 
     name: str
@@ -80,6 +84,7 @@ class Loader:
     rows: Callable[[Path], Iterator[tuple[int, Row | RowError]]]
     options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     image_levels: int = 1
+    suffixes: tuple[str, ...] = ()
 
     def chosen(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Every option with its value, the default where none is given. Raises ``ValueError`` for a
@@ -103,34 +108,70 @@ class ImageFinder:
     A name is looked for beside the data file, in ``images/`` there, the same ``levels`` folders up,
     and in an ``images.zip`` beside each; first as written, then by its last component alone. With
     ``check=False`` a name that is not found is taken to lie in ``images/`` (or beside the file)
-    instead of being refused.
+    instead of being refused. Each folder is listed once, when the first image is looked for in it.
     """
 
     def __init__(self, file: Path, *, check: bool = True, levels: int = 1) -> None:
-        homes = [file.parent, *file.parent.parents][: 1 + levels]
+        self._homes = [str(home) for home in (file.parent, *file.parent.parents)[: 1 + levels]]
         self._check = check
-        self._folders = [folder for home in homes for folder in (home, home / "images")]
-        self._zips = [z for home in homes if (z := home / "images.zip").is_file()]
+        self._names: dict[str, frozenset[str]] = {}
         self._members: dict[Path, dict[str, str]] = {}
+        self._places: dict[tuple[str, ...], tuple[list[str], list[Path]]] = {}
 
-    def find(self, name: str, field: str = "images") -> ImageRef:
-        """The image of that name; raises ``RowError`` when it is not there."""
-        if not name.strip():
+    def find(
+        self,
+        name: str,
+        field: str = "images",
+        *,
+        places: tuple[str, ...] = ("images",),
+        exact: bool = False,
+    ) -> ImageRef:
+        """The image of that name; raises ``RowError`` when it is not there.
+
+        ``places``: folders to look into beside the data file and the folder itself, and (with
+        ``.zip``) archives; ``exact``: do not fall back on the name's last component.
+        """
+        if places not in self._places:
+            self._places[places] = self._look_at(places)
+        folders, archives = self._places[places]
+        head, slash, tail = name.rpartition("/")
+        if not tail.strip():
             raise RowError(field, name, "image name is empty")
-        for spelling in dict.fromkeys((name, Path(name).name)):
-            for folder in self._folders:
-                if os.path.isfile(folder / spelling):  # False, not an error, for impossible names
-                    return ImageRef(path=folder / spelling)
-            for archive in self._zips:
+        for part, spelling in ((head + slash, name), ("", tail)):
+            for folder in folders:
+                if tail in self._listing(part if part[:1] == "/" else folder + part):
+                    return ImageRef(path=Path(folder, spelling))
+            for archive in archives:
                 member = self._index(archive).get(spelling)
                 if member is not None:
                     return ImageRef(member=(archive, member))
+            if exact or not head:
+                break
         if self._check:
             raise RowError(field, name, "image file is missing")
-        return ImageRef(path=self._folders[1 if self._folders[1].is_dir() else 0] / name)
+        return ImageRef(path=Path(folders[1] if self._listing(folders[1]) else folders[0], name))
+
+    def _look_at(self, places: tuple[str, ...]) -> tuple[list[str], list[Path]]:
+        """Folders (with a slash at the end) and archives to look into, in order."""
+        folders = [f"{home}/{p}".rstrip("/") + "/" for home in self._homes for p in ("", *places)]
+        names = [n for p in places for n in (f"{p}.zip", *_OTHER_ARCHIVES.get(p, ()))]
+        archives = [Path(home, name) for home in self._homes for name in names]
+        return folders, [archive for archive in archives if archive.is_file()]
+
+    def _listing(self, folder: str) -> frozenset[str]:
+        """Names of the files in a folder, none when there is no such folder."""
+        names = self._names.get(folder)
+        if names is None:
+            try:
+                with os.scandir(folder) as entries:
+                    names = frozenset(entry.name for entry in entries if entry.is_file())
+            except (OSError, ValueError):  # ValueError: a NUL in the name
+                names = frozenset()
+            self._names[folder] = names
+        return names
 
     def _index(self, archive: Path) -> dict[str, str]:
-        """Full names, names under ``images/`` and, where unambiguous, last components."""
+        """Full names, names under the usual folders and, where unambiguous, last components."""
         if archive not in self._members:
             names = [n for n in zip_members(archive) if not n.endswith("/")]
             index: dict[str, str] = {}
@@ -141,10 +182,19 @@ class ImageFinder:
                     ambiguous.add(base)
             for base in ambiguous:
                 del index[base]
-            index.update({n.removeprefix("images/"): n for n in names if n.startswith("images/")})
+            for place in _MEMBER_FOLDERS:
+                index.update({n.removeprefix(place): n for n in names if n.startswith(place)})
             index.update({n: n for n in names})
             self._members[archive] = index
         return self._members[archive]
+
+
+class SeveralFiles(ValueError):
+    """A folder with several files that may be meant; ``files`` lists them."""
+
+    def __init__(self, message: str, files: list[Path]) -> None:
+        super().__init__(message)
+        self.files = files
 
 
 def split_files(path: Path, split: str, suffix: str = ".jsonl") -> list[Path]:
@@ -154,25 +204,49 @@ def split_files(path: Path, split: str, suffix: str = ".jsonl") -> list[Path]:
     """
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder; check the data path")
     wanted = [name + suffix for name in SPLIT_NAMES.get(split, (split,))]
     found = [path / name for name in wanted if (path / name).is_file()]
     if not found:
         found = sorted(f for name in wanted for f in path.glob(f"*/{name}") if f.is_file())
     if len(found) > 1:
         listed = ", ".join(str(f.relative_to(path)) for f in found)
-        raise ValueError(
-            f"{path}: several files for split {split!r} ({listed}); give the one meant"
+        raise SeveralFiles(
+            f"{path}: several files for split {split!r} ({listed}); give the one meant", found
         )
     if not found:
-        present = sorted(str(f.relative_to(path)) for f in path.glob(f"**/*{suffix}"))[:10]
-        raise ValueError(
-            f"{path}: no file for split {split!r} (looked for {', '.join(wanted)}; "
-            f"{suffix} files there: {', '.join(present) or 'none'}); "
-            "give the file itself or rename it"
-        )
+        raise no_split_file(path, split, wanted, (suffix,))
     return found
+
+
+def no_split_file(
+    path: Path, split: str, wanted: Iterable[str], suffixes: tuple[str, ...]
+) -> ValueError:
+    """The error for a folder without the split's file: what was looked for and what is there."""
+    if not path.is_dir():
+        return ValueError(f"{path}: no such file or folder; check the data path")
+    present = sorted(str(f.relative_to(path)) for f in data_files(path, suffixes))[:10]
+    return ValueError(
+        f"{path}: no file for split {split!r} (looked for {', '.join(wanted)}; "
+        f"{' and '.join(suffixes)} files there: {', '.join(present) or 'none'}); "
+        "give the file itself or rename it"
+    )
+
+
+def data_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Files of these suffixes in a folder and the folders in it, by name; of a folder of images
+    only the first entries are looked at.
+    """
+    folders = [path]
+    for depth in (0, 1):
+        inner: list[Path] = []
+        for folder in folders:
+            with os.scandir(folder) as entries:
+                for entry in sorted(itertools.islice(entries, 1000), key=lambda e: e.name):
+                    if entry.is_dir() and not depth:
+                        inner.append(Path(entry.path))
+                    elif entry.name.lower().endswith(suffixes) and entry.is_file():
+                        yield Path(entry.path)
+        folders = inner
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, Row | RowError]]:
