@@ -46,8 +46,9 @@ def _readers(path: Path, loaders: Mapping[str, Loader]) -> dict[tuple[Reader, Pa
     suffix = path.suffix.lower()
     candidates = dict(loaders)
     if path.is_file():
-        fitting = {n: x for n, x in loaders.items() if not x.suffixes or suffix in x.suffixes}
-        candidates = fitting or candidates
+        fitting = {n: x for n, x in loaders.items() if suffix in x.suffixes}
+        anything = {n: x for n, x in loaders.items() if not x.suffixes}
+        candidates = fitting | anything if fitting else candidates
     pairs: dict[tuple[Reader, Path], list[str]] = {}
     for name, loader in candidates.items():
         for file in _any_files(loader, path):

@@ -32,6 +32,7 @@ LOADERS: dict[str, Loader] = {
     )
 }
 
+id_hash = hash
 _ID_COLUMNS = ("id", "question_id", "index", "qid")
 
 
@@ -168,7 +169,7 @@ class RecordStream(Iterator[Record]):
                 except RowError as error:
                     self._reject(_rejected(file, number, row, error))
                     continue
-                key = hash(record.id)
+                key = id_hash(record.id)
                 if key in self._ids:
                     self._refuse_duplicate(record.id, file, number)
                 self._ids.add(key)

@@ -111,4 +111,5 @@ LOADER = Loader(
     parse=parse,
     files=split_files,
     rows=read_jsonl,
+    suffixes=(".jsonl", ".json"),
 )
