@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmedx_fast.data import json_array
 from mmedx_fast.data.json_array import read_json, read_json_array
-from mmedx_fast.data.rows import RowError
+from mmedx_fast.data.rows import RowError, read_jsonl
 from tests._fuzz import MemoryFile
 
 ROWS = [
@@ -179,3 +179,56 @@ def test_fuzzed_files(seed: int) -> None:
             continue
         for (_, row), value in zip(found, expected, strict=True):
             assert repr(row) == repr(value) or isinstance(row, RowError)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 2**63))
+def test_fuzzed_lines_are_read_as_json_reads_them(seed: int) -> None:
+    """10,000 lines: the quick parser may refuse a line, never read it differently."""
+    rng = random.Random(seed)
+    pieces = [
+        b'"',
+        b"\\",
+        b"NaN",
+        b"-Infinity",
+        b"1e999",
+        b"1e-999",
+        b"-0",
+        b"0.1",
+        b"9" * 30,
+        b"\\ud800",
+        b"\\ud83d\\ude00",
+    ]
+    pieces += [
+        b"\\u0000",
+        b"\xff",
+        b"\xed\xa0\x80",
+        b"\xc3\xa9",
+        b"\x00",
+        b"\t",
+        b" ",
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b":",
+        b",",
+        b"true",
+    ]
+    for _ in range(50):
+        line = bytearray(b'{"a": 1, "b": "x y", "c": [1.5, null], "a": {"d": "e"}}')
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(line))
+            line[at : at + rng.randrange(4)] = rng.choice(pieces)
+        file: Any = MemoryFile(bytes(line).replace(b"\n", b"") + b"\n")
+        ((_, found),) = read_jsonl(file)
+        try:
+            expected = json.loads(line.decode())
+            json.dumps(expected, ensure_ascii=False).encode()
+        except (ValueError, UnicodeError):
+            assert isinstance(found, RowError), line
+            continue
+        if isinstance(expected, dict):
+            assert repr(found) == repr(expected), line
+        else:
+            assert isinstance(found, RowError) and found.reason == "not a JSON object"

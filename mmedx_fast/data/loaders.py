@@ -144,7 +144,6 @@ class RecordStream(Iterator[Record]):
         self._limit = limit
         self._on_rejected = on_rejected
         self._include = include
-        self._ids: set[int] = set()
         self._records = self._read()
 
     def __iter__(self) -> Iterator[Record]:
@@ -158,6 +157,7 @@ class RecordStream(Iterator[Record]):
         return _summary(self.files, self.format, self.count, self.reasons)
 
     def _read(self) -> Iterator[Record]:
+        ids: set[int] = set()
         for file in self.files:
             context = self._context(file)
             parse = self._loader.parse
@@ -170,12 +170,14 @@ class RecordStream(Iterator[Record]):
                     self._reject(_rejected(file, number, row, error))
                     continue
                 key = id_hash(record.id)
-                if key in self._ids:
+                if key in ids:
                     self._refuse_duplicate(record.id, file, number)
-                self._ids.add(key)
-                specialty, rule = assign_specialty(record)
+                ids.add(key)
+                rule = "column"
                 if record.specialty is None:
-                    record = dataclasses.replace(record, specialty=specialty)
+                    specialty, rule = assign_specialty(record)
+                    # It was made just now and nobody else has it; a copy takes as long as all the rest.
+                    object.__setattr__(record, "specialty", specialty)
                 if self._include is not None and not self._include(record):
                     self.excluded += 1
                     continue

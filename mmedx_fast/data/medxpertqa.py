@@ -10,7 +10,6 @@ Every published stem repeats its options after "Answer Choices:"; that part is c
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from mmedx_fast.data.records import Record
@@ -28,7 +27,7 @@ from mmedx_fast.data.rows import (
     split_files,
 )
 
-_CHOICES = re.compile(r"(?:^|\s*\n)\s*Answer Choices:")
+_CHOICES = "Answer Choices:"
 _USED = ("id", "question", "options", "label", "images", "specialty")
 
 
@@ -61,12 +60,15 @@ def parse(row: Row, number: int, context: RowContext) -> Record:
 
 
 def strip_choices(question: str) -> str:
-    """The stem before its last "Answer Choices:" line."""
-    marks = list(_CHOICES.finditer(question))
-    stem = question[: marks[-1].start()].strip() if marks else question
-    if not stem:
-        raise RowError("question", question, "question has no text before its options")
-    return stem
+    """The stem before its last "Answer Choices:" that begins a line."""
+    at = len(question)
+    while (at := question.rfind(_CHOICES, 0, at)) >= 0:
+        stem = question[:at].rstrip()
+        if not stem:
+            raise RowError("question", question, "question has no text before its options")
+        if "\n" in question[len(stem) : at]:
+            return stem.lstrip()
+    return question
 
 
 def _options(raw: Any) -> Any:
