@@ -2,10 +2,12 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -753,3 +755,54 @@ def test_fuzzed_vlmeval_rows(tmp_path: Path) -> None:
 
     rows, context = vlmeval_rows(tmp_path)
     fuzz_parser(vlmeval_tsv.LOADER, rows, context, gold)
+
+
+def test_a_file_that_several_loaders_know_names_them(tmp_path: Path) -> None:
+    from mmedx_fast.data.detection import detect
+
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps([{"other": 1}, omni(0), omni(1, extra=1)]))
+    first = omnimedvqa.LOADER
+    twin = dataclasses.replace(first, name="twin")
+    with pytest.raises(
+        ValueError, match=r"any of omnimedvqa \(.*x\.json\), twin \(.*give it by name"
+    ):
+        detect(file, {"omnimedvqa": first, "twin": twin})
+    # A row that only one of them knows decides.
+    strict = dataclasses.replace(twin, detect=lambda row: "extra" in row or first.detect(row))
+    rare = dataclasses.replace(first, detect=lambda row: first.detect(row) and "extra" not in row)
+    assert detect(file, {"omnimedvqa": rare, "twin": strict}) == "twin"
+
+
+def test_names_with_folders_links_and_roots(tmp_path: Path) -> None:
+    from mmedx_fast.data.rows import ImageFinder, RowError
+
+    deep = tmp_path / "data" / "images" / "a" / "b"
+    figures(deep)
+    (tmp_path / "data" / "link.jpg").symlink_to(deep / "f.jpg")
+    (tmp_path / "data" / "dangling.jpg").symlink_to(deep / "gone.jpg")
+    (tmp_path / "data" / "folder.jpg").mkdir()
+    finder = ImageFinder(tmp_path / "data" / "x.jsonl")
+    for name in ("a/b/f.jpg", "images/a/b/f.jpg", "images/a/../a/b/f.jpg", str(deep / "f.jpg")):
+        assert finder.find(name).path.resolve() == deep / "f.jpg"  # type: ignore[union-attr]
+    assert finder.find("link.jpg").path == tmp_path / "data" / "link.jpg"
+    assert finder.find("elsewhere/link.jpg").path == tmp_path / "data" / "link.jpg"
+    for name in ("f.jpg", "dangling.jpg", "folder.jpg", "a/f.jpg", "a\x00b/f.jpg", "x" * 5000):
+        with pytest.raises(RowError, match="image file is missing"):
+            finder.find(name)
+    with pytest.raises(RowError, match="image file is missing"):
+        finder.find("elsewhere/link.jpg", exact=True)
+
+
+def test_a_stream_keeps_no_rows(tmp_path: Path) -> None:
+    omni_file(tmp_path, [])
+    file = tmp_path / "QA_information" / "Open-access" / "big.json"
+    file.write_text(json.dumps([omni(i, question="word " * 400) for i in range(5000)]))
+    assert file.stat().st_size > 10_000_000
+    stream = iter_records(file, split="test", format="omnimedvqa")
+    next(stream)
+    tracemalloc.start()
+    assert sum(1 for _ in stream) == 4999
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000  # two chunks of a JSON array and 60 bytes an id

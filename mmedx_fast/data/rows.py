@@ -142,8 +142,10 @@ class ImageFinder:
             self._places[places] = self._look_at(places)
         folders, archives = self._places[places]
         for part, spelling in ((head, name), ("", tail)):
-            for listed, folder in self._inside(places, part):
-                if tail in self._listing(listed):
+            inside = self._heads.get((places, part)) or self._inside(places, part)
+            for listed, folder in inside:
+                names = self._names.get(listed)
+                if tail in (self._listing(listed) if names is None else names):
                     return ImageRef(path=folder / tail)
             for archive in archives:
                 member = self._index(archive).get(spelling)
@@ -157,12 +159,10 @@ class ImageFinder:
 
     def _inside(self, places: tuple[str, ...], part: str) -> list[tuple[str, Path]]:
         """The folders to look into for names that begin with the folders ``part``, as text too."""
-        key = (places, part)
-        if key not in self._heads:
-            folders = [""] if part.startswith("/") else self._places[places][0]
-            inside = [f"{folder}{part}/" if part else folder for folder in folders]
-            self._heads[key] = [(folder, Path(folder)) for folder in inside]
-        return self._heads[key]
+        folders = [""] if part.startswith("/") else self._places[places][0]
+        inside = [f"{folder}{part}/" if part else folder for folder in folders]
+        self._heads[places, part] = [(folder, Path(folder)) for folder in inside]
+        return self._heads[places, part]
 
     def _look_at(self, places: tuple[str, ...]) -> tuple[list[str], list[Path]]:
         """Folders (with a slash at the end) and archives to look into, in order."""
@@ -173,15 +173,14 @@ class ImageFinder:
 
     def _listing(self, folder: str) -> frozenset[str]:
         """Names of the files in a folder, none when there is no such folder."""
-        names = self._names.get(folder)
-        if names is None:
+        if folder not in self._names:
             try:
                 with os.scandir(folder) as entries:
                     names = frozenset(entry.name for entry in entries if entry.is_file())
             except (OSError, ValueError):  # ValueError: a NUL in the name
                 names = frozenset()
             self._names[folder] = names
-        return names
+        return self._names[folder]
 
     def _index(self, archive: Path) -> dict[str, str]:
         """Full names, names under the usual folders and, where unambiguous, last components."""
