@@ -808,3 +808,14 @@ def test_a_stream_keeps_no_rows(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8_000_000  # two chunks of a JSON array and 60 bytes an id
+
+
+def test_a_table_among_thousands_of_pictures_is_found(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    for number in range(1200):
+        (tmp_path / f"{number}.png").touch()
+    tsv(tmp_path / "x_VAL.tsv", [GMAI, gmai(0)])
+    tsv(tmp_path / "inner" / "y_test.tsv", [GMAI, gmai(1)])
+    for split, index in (("validation", "0"), ("test", "1")):
+        (record,) = load_records(tmp_path, split=split).records
+        assert record.id.endswith(f":{index}")

@@ -245,20 +245,17 @@ def no_split_file(
 
 
 def data_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Files of these suffixes in a folder and the folders in it, by name; of a folder of images
-    only the first entries are looked at.
+    """Files of these suffixes in a folder, then in the folders in it, by name. Of an inner folder only
+    1,000 entries are looked at: it may hold all the images.
     """
-    folders = [path]
-    for depth in (0, 1):
-        inner: list[Path] = []
-        for folder in folders:
-            with os.scandir(folder) as entries:
-                for entry in sorted(itertools.islice(entries, 1000), key=lambda e: e.name):
-                    if entry.is_dir() and not depth:
-                        inner.append(Path(entry.path))
-                    elif entry.name.lower().endswith(suffixes) and entry.is_file():
-                        yield Path(entry.path)
-        folders = inner
+    inner: list[str] = []
+    for folder, limit in itertools.chain([(str(path), None)], ((name, 1000) for name in inner)):
+        with os.scandir(folder) as entries:
+            for entry in sorted(itertools.islice(entries, limit), key=lambda entry: entry.name):
+                if limit is None and entry.is_dir():
+                    inner.append(entry.path)
+                elif entry.name.lower().endswith(suffixes) and entry.is_file():
+                    yield Path(entry.path)
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, Row | RowError]]:
