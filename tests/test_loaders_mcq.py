@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -652,9 +652,16 @@ def test_folders_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rows = [omni(i) for i in range(200)]
     file = omni_file(tmp_path, rows)
     calls: list[Any] = []
-    scandir, stat = os.scandir, os.stat
-    monkeypatch.setattr(os, "scandir", lambda path: (calls.append(path), scandir(path))[1])
-    monkeypatch.setattr(os, "stat", lambda *a, **k: (calls.append(a), stat(*a, **k))[1])
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("scandir", "stat"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
     assert len(load_records(file, split="test", format="omnimedvqa").records) == 200
     assert len(calls) < 30
 
@@ -738,7 +745,9 @@ def test_fuzzed_omnimedvqa_rows(tmp_path: Path) -> None:
 def vlmeval_rows(folder: Path) -> tuple[list[Mapping[str, Any]], RowContext]:
     rows = [gmai(0), gmai(1, image="0"), gmai(2, C="Liver cyst", D="None", answer="C")]
     file = tsv(folder / "x.tsv", [GMAI, *rows])
-    parsed = [row for _, row in vlmeval_tsv.rows(file) if isinstance(row, dict)]
+    parsed: list[Mapping[str, Any]] = [
+        row for _, row in vlmeval_tsv.rows(file) if isinstance(row, dict)
+    ]
     assert len(parsed) == 3
     return parsed, context_for(file, vlmeval_tsv.LOADER)
 
