@@ -1,5 +1,6 @@
 """Bitmaps and DICOM, against independent numpy computations and pydicom's own windowing."""
 
+import base64
 import io
 import struct
 import zipfile
@@ -234,6 +235,50 @@ def test_zip_is_read_again_after_it_changed(tmp_path: Path) -> None:
         with zipfile.ZipFile(archive, "w") as out:
             out.writestr("a.png", encode(Image.new("L", (size, size))))
         assert load_image(ImageRef(member=(archive, "a.png"))).size == (size, size)
+
+
+# ---- base64 inside a file
+
+
+def test_span_equals_file(tmp_path: Path) -> None:
+    text = base64.b64encode(NOISE)
+    assert text.endswith(b"=")
+    folded = b"\r\n".join(text[at : at + 76] for at in range(0, len(text), 76))
+    for spelling in (text, folded, text.rstrip(b"=")):
+        file = tmp_path / "rows.tsv"
+        file.write_bytes(b"7\t" + spelling + b"\tWhat is shown?\n" + spelling)
+        for offset in (2, 2 + len(spelling) + len(b"\tWhat is shown?\n")):
+            span = ImageRef(span=(file, offset, len(spelling)))
+            assert images.read_encoded(span) == NOISE
+            assert (np.asarray(load_image(span))[..., 0] == grey(NOISE)).all()
+            assert image_digest(span) == image_digest(ref(NOISE))
+            assert str(span) == f"{file}@{offset}+{len(spelling)}"
+
+
+def test_damaged_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.tsv"
+    file.write_bytes(base64.b64encode(NOISE) + b"\tquestion?!")
+    size = file.stat().st_size
+    for span, message in (
+        ((file, 0, size + 1), "the file ends before byte"),
+        ((file, 0, size), "is not base64"),
+        ((file, 1, 5), "is not base64"),
+        ((file, 4, 0), "is empty"),
+        ((file, 4, 400), "is not an image"),
+        ((tmp_path / "gone.tsv", 0, 4), "no such image file"),
+        ((tmp_path, 0, 4), "cannot be read"),
+    ):
+        with pytest.raises(ImageError, match=rf"{span[0].name}@{span[1]}\+{span[2]}.*{message}"):
+            load_image(ImageRef(span=span))
+    monkeypatch.setattr(images, "MAX_ENCODED_BYTES", 100)
+    with pytest.raises(ImageError, match="more than 100"):
+        load_image(ImageRef(span=(file, 0, 101)))
+
+
+@pytest.mark.parametrize("sources", [{}, {"path": Path("a"), "span": (Path("a"), 0, 1)}])
+def test_an_image_lies_in_one_place(sources: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="exactly one of path, data, member and span"):
+        ImageRef(**sources)
 
 
 # ---- DICOM

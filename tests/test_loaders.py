@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import itertools
 import json
+import re
 import tracemalloc
 import zipfile
 from collections.abc import Iterable
@@ -17,14 +19,15 @@ from PIL import Image
 from mmedx_fast.data.conclusion import concluded_option
 from mmedx_fast.data.images import ImageError, image_digest, load_image
 from mmedx_fast.data.loaders import (
-    LOADERS,
     LoadResult,
     assert_disjoint,
     detect_format,
     load_records,
 )
+from mmedx_fast.data.medxpertqa import strip_choices
 from mmedx_fast.data.mmedexpert import write_mmedexpert
 from mmedx_fast.data.records import GUIDELINE_NAMES, ImageRef, Record
+from mmedx_fast.data.rows import RowError
 
 OPTIONS = {"A": "Sarcoidosis", "B": "Pneumonia", "C": "Asthma", "D": "Gout", "E": "Fibrosis"}
 STEM = "A 41-year-old man has a cough (Figure A).  What is the diagnosis?"
@@ -260,7 +263,7 @@ def test_formats_are_told_apart(tmp_path: Path) -> None:
         "medxpertqa": write_lines(tmp_path / "a.jsonl", ["{broken", hub_row(0)]),
         "mmedexpert": write_lines(tmp_path / "b" / "train.jsonl", [expert_row(0)]).parent,
     }
-    assert {name: detect_format(path) for name, path in files.items()} == {n: n for n in LOADERS}
+    assert {name: detect_format(path) for name, path in files.items()} == {n: n for n in files}
     odd = write_lines(tmp_path / "c.jsonl", [{"text": "hello"}])
     with pytest.raises(ValueError, match=r"not recognised \(columns found: text\).*medxpertqa"):
         load_records(odd, split="test")
@@ -667,3 +670,19 @@ def test_no_value_raises_anything_but_a_value_error(
     else:
         if record.options is not None:
             assert record.options[record.answer_label or ""] == record.answer
+
+
+def test_choices_are_cut_off_at_the_last_line_that_begins_with_them() -> None:
+    """Every text of up to five such parts, against the rule as a regular expression."""
+    for count in range(1, 6):
+        for parts in itertools.product(
+            ("Answer Choices:", "\n", " ", "\t", "x", "(A) y"), repeat=count
+        ):
+            question = "".join(parts).strip()
+            marks = list(re.finditer(r"(?:^|\s*\n)\s*Answer Choices:", question))
+            expected = question[: marks[-1].start()].strip() if marks else question
+            if marks and not expected:
+                with pytest.raises(RowError, match="no text before its options"):
+                    strip_choices(question)
+            else:
+                assert strip_choices(question) == expected

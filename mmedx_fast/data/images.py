@@ -1,5 +1,5 @@
-"""Opening images: PNG, JPEG (and other bitmap files) and DICOM, from files, zip members or bytes,
-all to 8-bit RGB.
+"""Opening images: PNG, JPEG (and other bitmap files) and DICOM, from files, zip members, bytes
+or base64 inside a file, all to 8-bit RGB.
 
 Nothing else in the project opens an image. Every failure is an ``ImageError`` that names the image
 and the remedy.
@@ -7,6 +7,7 @@ and the remedy.
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import io
@@ -111,22 +112,53 @@ def read_encoded(ref: ImageRef) -> bytes:
         encoded = ref.data
     elif ref.member is not None:
         encoded = _read_member(ref, *ref.member)
+    elif ref.span is not None:
+        encoded = _read_span(ref, *ref.span)
     else:
         assert ref.path is not None
-        try:
-            _check_encoded_size(ref, ref.path.stat().st_size)
-            encoded = ref.path.read_bytes()
-        except FileNotFoundError:
-            raise ImageError(
-                ref, "no such image file", "restore it or remove its row from the data"
-            ) from None
-        except OSError as error:
-            raise ImageError(
-                ref, f"cannot be read ({error.strerror})", "check the path and its permissions"
-            ) from error
+        encoded = _read_file(ref, ref.path, 0, None)
     if not encoded:
         raise ImageError(ref, "is empty (0 bytes)", "copy the file again from its source")
     return encoded
+
+
+def _read_file(ref: ImageRef, path: Path, offset: int, length: int | None) -> bytes:
+    """A file's bytes, or ``length`` of them from ``offset``."""
+    try:
+        with path.open("rb") as file:
+            _check_encoded_size(ref, os.fstat(file.fileno()).st_size if length is None else length)
+            file.seek(offset)
+            return file.read(-1 if length is None else length)
+    except FileNotFoundError:
+        raise ImageError(
+            ref, "no such image file", "restore it or remove its row from the data"
+        ) from None
+    except OSError as error:
+        raise ImageError(
+            ref, f"cannot be read ({error.strerror})", "check the path and its permissions"
+        ) from error
+
+
+def _read_span(ref: ImageRef, path: Path, offset: int, length: int) -> bytes:
+    """The image whose base64 text lies at a place in a file; blanks and line ends in it are passed
+    over, padding may be missing.
+    """
+    text = _read_file(ref, path, offset, length)
+    if len(text) < length:
+        raise ImageError(
+            ref,
+            f"the file ends before byte {offset + length}",
+            "load the data again, the file was changed or cut off",
+        )
+    text = text.translate(None, b" \t\r\n")
+    try:
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+    except ValueError as error:
+        raise ImageError(
+            ref,
+            f"is not base64 ({error})",
+            "load the data again if the file was changed, else copy it again from its source",
+        ) from error
 
 
 def _read_member(ref: ImageRef, archive: Path, name: str) -> bytes:

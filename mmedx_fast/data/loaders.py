@@ -7,24 +7,33 @@ A further format is a module with a ``Loader`` (see ``rows.py``) and one line in
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from mmedx_fast.data import medxpertqa, mmedexpert
+from mmedx_fast.data import detection, medxpertqa, mmedexpert, omnimedvqa, pmc_vqa, vlmeval_tsv
 from mmedx_fast.data.images import image_digest
 from mmedx_fast.data.records import Record
-from mmedx_fast.data.rows import SPLIT_NAMES, ImageFinder, Loader, Row, RowContext, RowError
+from mmedx_fast.data.rows import ImageFinder, Loader, Row, RowContext, RowError
 from mmedx_fast.data.specialties import assign_specialty
 
 LOADERS: dict[str, Loader] = {
-    loader.name: loader for loader in (medxpertqa.LOADER, mmedexpert.LOADER)
+    loader.name: loader
+    for loader in (
+        medxpertqa.LOADER,
+        mmedexpert.LOADER,
+        omnimedvqa.LOADER,
+        pmc_vqa.LOADER,
+        vlmeval_tsv.LOADER,
+    )
 }
 
-_SNIFFED_ROWS = 100
+id_hash = hash
+_ID_COLUMNS = ("id", "question_id", "index", "qid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,34 @@ class Rejected:
     def __str__(self) -> str:
         name = f" ({self.id})" if self.id else ""
         return f"{self.file}:{self.row}{name}: {self.field}={self.value}: {self.reason}"
+
+
+class RejectedFile:
+    """Writes rejected rows as JSONL while they come; the file appears, whole, when the block ends without
+    an error (empty when no row was rejected).
+
+        with RejectedFile(path) as rejected:
+            for record in iter_records(data, split="test", on_rejected=rejected): ...
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._part = path.with_name(f"{path.name}.part{os.getpid()}")
+
+    def __enter__(self) -> RejectedFile:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._out = self._part.open("w", encoding="utf-8")
+        return self
+
+    def __call__(self, row: Rejected) -> None:
+        self._out.write(json.dumps(dataclasses.asdict(row)) + "\n")
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._out.close()
+        if kind is None:
+            os.replace(self._part, self._path)
+        else:
+            self._part.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,47 +103,178 @@ class LoadResult:
 
     def summary(self) -> str:
         """One line for the terminal and the log."""
-        text = f"{_listed(self.files)} [{self.format}]: {len(self.records)} records"
-        if self.rejected:
-            text += f", {len(self.rejected)} rejected ({_counted(self.reasons)})"
-        return text
+        return _summary(self.files, self.format, len(self.records), self.reasons)
 
     def write_rejected(self, path: Path) -> Path:
         """Write the rejected rows as JSONL (an empty file when there are none), whole or not at
         all.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part{os.getpid()}")
-        with part.open("w", encoding="utf-8") as out:
+        with RejectedFile(path) as rejected:
             for row in self.rejected:
-                out.write(json.dumps(dataclasses.asdict(row)) + "\n")
-        os.replace(part, path)
+                rejected(row)
         return path
 
 
-def detect_format(path: Path | str) -> str:
-    """Name of the format of a data file or folder, from its first rows. Raises ``ValueError`` when
-    no loader, or more than one, knows them.
+class RecordStream(Iterator[Record]):
+    """The records of a split, made one at a time (``iter_records``), and what was counted so far.
+
+    ``reasons``: rejected rows by reason; ``first_rejected``: the first of them; ``excluded``: records
+    that ``include`` left out; ``count``: records given; ``specialty_rules``: as in ``LoadResult``.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        files: list[Path],
+        context: Callable[[Path], RowContext],
+        *,
+        limit: int | None,
+        on_rejected: Callable[[Rejected], object] | None,
+        include: Callable[[Record], bool] | None,
+    ) -> None:
+        self.format = loader.name
+        self.files = files
+        self.reasons: collections.Counter[str] = collections.Counter()
+        self.specialty_rules: collections.Counter[str] = collections.Counter()
+        self.first_rejected: Rejected | None = None
+        self.excluded = 0
+        self.count = 0
+        self._loader = loader
+        self._context = context
+        self._limit = limit
+        self._on_rejected = on_rejected
+        self._include = include
+        self._records = self._read()
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._records
+
+    def __next__(self) -> Record:
+        return next(self._records)
+
+    def summary(self) -> str:
+        """One line for the terminal and the log."""
+        return _summary(self.files, self.format, self.count, self.reasons)
+
+    def _read(self) -> Iterator[Record]:
+        ids: set[int] = set()
+        for file in self.files:
+            context = self._context(file)
+            parse = self._loader.parse
+            for number, row in self._loader.rows(file):
+                try:
+                    if isinstance(row, RowError):
+                        raise row
+                    record = parse(row, number, context)
+                except RowError as error:
+                    self._reject(_rejected(file, number, row, error))
+                    continue
+                key = id_hash(record.id)
+                if key in ids:
+                    self._refuse_duplicate(record.id, file, number)
+                ids.add(key)
+                rule = "column"
+                if record.specialty is None:
+                    specialty, rule = assign_specialty(record)
+                    # It was made just now and nobody else has it; a copy takes as long as all the rest.
+                    object.__setattr__(record, "specialty", specialty)
+                if self._include is not None and not self._include(record):
+                    self.excluded += 1
+                    continue
+                self.specialty_rules[rule] += 1
+                self.count += 1
+                yield record
+                if self.count == self._limit:
+                    return
+        if not self.count and not self.excluded:
+            self._raise_nothing_usable()
+
+    def _reject(self, row: Rejected) -> None:
+        self.reasons[row.reason] += 1
+        self.first_rejected = self.first_rejected or row
+        if self._on_rejected is not None:
+            self._on_rejected(row)
+
+    def _refuse_duplicate(self, name: str, file: Path, number: int) -> None:
+        """Only hashes of the ids are kept, so that a million cost 60 MB and not 150: the first row
+        is looked for again, and if there is none two ids merely share a hash.
+        """
+        for earlier in self.files[: self.files.index(file) + 1]:
+            context = self._context(earlier)
+            for at, row in self._loader.rows(earlier):
+                if earlier == file and at == number:
+                    return
+                with contextlib.suppress(RowError):
+                    if isinstance(row, dict) and self._loader.parse(row, at, context).id == name:
+                        raise ValueError(
+                            f"{file}:{number}: id {name!r} was used before at {earlier}:{at}; "
+                            "ids must be unique, rename or remove one of the two rows"
+                        )
+
+    def _raise_nothing_usable(self) -> None:
+        names = _listed(self.files)
+        if self.first_rejected is None:
+            raise ValueError(f"{names}: no data rows; copy the file again from its source")
+        raise ValueError(
+            f"{names}: all {self.reasons.total()} rows were rejected ({_counted(self.reasons)}); "
+            f"the first: {self.first_rejected}; correct the data or the data path"
+        )
+
+
+def iter_records(
+    path: Path | str,
+    *,
+    split: str,
+    format: str | None = None,
+    check_images: bool = True,
+    require_reasoning: bool = False,
+    allow_unanswered: bool = False,
+    limit: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    on_rejected: Callable[[Rejected], object] | None = None,
+    include: Callable[[Record], bool] | None = None,
+) -> RecordStream:
+    """The records of one split of a data set, one at a time and in file order.
+
+    ``path``: a data file, or a folder that holds the split's files (``train``; ``validation``,
+    ``val``, ``valid`` or ``dev``; ``test``; or as the format names them). ``format``: a name in
+    ``LOADERS``, detected if ``None``. ``check_images``: reject rows whose image files are missing;
+    the images themselves are not opened. ``require_reasoning``: reject rows without a trace to
+    train on. ``allow_unanswered``: take questions of formats whose test parts have no gold answers
+    (``answer`` is then ""). ``limit``: stop after that many records. ``options``: choices that the
+    format offers, by name (``Loader.options``). ``on_rejected`` is called with every row that gave
+    no record, ``include`` with every record, to say whether it is wanted. Records without a
+    specialty get one by the rules of ``specialties.yaml``.
+
+    Memory does not grow with the number of rows but for 60 bytes an id and the names of the image
+    files. Rejected rows are counted; only the first is kept.
+
+    Raises ``ValueError`` at the call for a path without the split and for an unknown format or
+    option; while records are taken, for an id that occurs twice, a file that breaks off, and, at
+    the end, when there was no row or every row was rejected.
     """
     path = Path(path)
-    columns: set[str] = set()
-    files: dict[Path, None] = {}
-    for loader in LOADERS.values():
-        for file in _any_files(loader, path):
-            files[file] = None
-            for _, row in itertools.islice(loader.rows(file), _SNIFFED_ROWS):
-                if isinstance(row, dict):
-                    matching = [name for name, other in LOADERS.items() if other.detect(row)]
-                    if len(matching) == 1:
-                        return matching[0]
-                    columns |= row.keys()
-    if all(file.stat().st_size == 0 for file in files):
-        raise ValueError(f"{_listed(files)}: the file is empty; copy it again from its source")
-    known = "; ".join(f"{name}: {loader.columns}" for name, loader in LOADERS.items())
-    raise ValueError(
-        f"{_listed(files)}: format not recognised (columns found: "
-        f"{', '.join(sorted(columns)) or 'none, there are no data rows'}); "
-        f"give the format by name or use one of these columns: {known}"
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; give a positive number or None")
+    loader = _loader(path, format)
+    chosen = loader.chosen(options or {})
+    files = loader.files(path, split)
+    memory: dict[str, Any] = {}
+
+    def context(file: Path) -> RowContext:
+        return RowContext(
+            split,
+            require_reasoning,
+            ImageFinder(file, check=check_images, levels=loader.image_levels),
+            file,
+            files=tuple(files),
+            options=chosen,
+            allow_unanswered=allow_unanswered,
+            memory=memory,
+        )
+
+    return RecordStream(
+        loader, files, context, limit=limit, on_rejected=on_rejected, include=include
     )
 
 
@@ -117,44 +285,36 @@ def load_records(
     format: str | None = None,
     check_images: bool = True,
     require_reasoning: bool = False,
+    allow_unanswered: bool = False,
     limit: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    include: Callable[[Record], bool] | None = None,
 ) -> LoadResult:
-    """Load one split of a data set.
-
-    ``path``: a data file, or a folder that holds the split's file (``train``; ``validation``,
-    ``val``, ``valid`` or
-    ``dev``; ``test``). ``format``: a name in ``LOADERS``, detected if ``None``. ``check_images``:
-    reject rows whose image files are missing; the images themselves are not opened.
-    ``require_reasoning``: reject rows without a trace to train on.
-    ``limit``: stop after that many records. Records without a specialty get one by the rules of
-    ``specialties.yaml``.
-
-    Raises ``ValueError`` for a path without the split, an unknown format, an empty file, an id that
-    occurs twice, and when every row was rejected. Single bad rows end up in
+    """Load one split of a data set into memory; arguments and errors are those of
+    ``iter_records``, errors of the data all raised here. Single bad rows end up in
     ``LoadResult.rejected``.
     """
-    path = Path(path)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; give a positive number or None")
-    loader = _loader(path, format)
-    files = loader.files(path, split)
-    result = LoadResult([], [], loader.name, files, collections.Counter())
-    first_seen: dict[str, str] = {}
-    for file in files:
-        context = RowContext(split, require_reasoning, ImageFinder(file, check=check_images))
-        for number, outcome in _outcomes(loader, file, context):
-            if isinstance(outcome, Rejected):
-                result.rejected.append(outcome)
-                continue
-            _refuse_duplicate(outcome, f"{file}:{number}", first_seen)
-            specialty, rule = assign_specialty(outcome)
-            result.specialty_rules[rule] += 1
-            result.records.append(dataclasses.replace(outcome, specialty=specialty))
-            if len(result.records) == limit:
-                return result
-    if not result.records:
-        _raise_nothing_usable(result)
-    return result
+    rejected: list[Rejected] = []
+    stream = iter_records(
+        path,
+        split=split,
+        format=format,
+        check_images=check_images,
+        require_reasoning=require_reasoning,
+        allow_unanswered=allow_unanswered,
+        limit=limit,
+        options=options,
+        on_rejected=rejected.append,
+        include=include,
+    )
+    return LoadResult(list(stream), rejected, stream.format, stream.files, stream.specialty_rules)
+
+
+def detect_format(path: Path | str) -> str:
+    """Name of the format of a data file or folder, from its first rows. Raises ``ValueError`` when
+    no loader, or more than one, knows them.
+    """
+    return detection.detect(Path(path), LOADERS)
 
 
 def _loader(path: Path, format: str | None) -> Loader:
@@ -166,30 +326,9 @@ def _loader(path: Path, format: str | None) -> Loader:
     return LOADERS[name]
 
 
-def _outcomes(
-    loader: Loader, file: Path, context: RowContext
-) -> Iterator[tuple[int, Record | Rejected]]:
-    """Every row of a file with its number, as a record or as the rejected row that it is."""
-    for number, row in loader.rows(file):
-        try:
-            if isinstance(row, RowError):
-                raise row
-            yield number, loader.parse(row, number, context)
-        except RowError as error:
-            yield number, _rejected(file, number, row, error)
-
-
-def _refuse_duplicate(record: Record, place: str, first_seen: dict[str, str]) -> None:
-    if record.id in first_seen:
-        raise ValueError(
-            f"{place}: id {record.id!r} was used before at {first_seen[record.id]}; "
-            "ids must be unique, rename or remove one of the two rows"
-        )
-    first_seen[record.id] = place
-
-
 def _rejected(file: Path, number: int, row: Row | RowError, error: RowError) -> Rejected:
-    native = row.get("id") if isinstance(row, dict) else None
+    known = row if isinstance(row, dict) else {}
+    native = next((known[name] for name in _ID_COLUMNS if known.get(name) is not None), None)
     return Rejected(
         file=str(file),
         row=number,
@@ -200,31 +339,16 @@ def _rejected(file: Path, number: int, row: Row | RowError, error: RowError) -> 
     )
 
 
-def _raise_nothing_usable(result: LoadResult) -> None:
-    names = _listed(result.files)
-    if not result.rejected:
-        raise ValueError(f"{names}: no data rows; copy the file again from its source")
-    raise ValueError(
-        f"{names}: all {len(result.rejected)} rows were rejected ({_counted(result.reasons)}); "
-        f"the first: {result.rejected[0]}; correct the data or the data path"
-    )
-
-
-def _any_files(loader: Loader, path: Path) -> Iterable[Path]:
-    """Some split's files of a folder, whichever there are."""
-    if path.is_file():
-        return [path]
-    for split in SPLIT_NAMES:
-        try:
-            return loader.files(path, split)
-        except ValueError:
-            continue
-    # Nothing named like a split: let the loader say what it looked for.
-    return loader.files(path, "train")
+def _summary(files: list[Path], format: str, count: int, reasons: collections.Counter[str]) -> str:
+    text = f"{_listed(files)} [{format}]: {count} records"
+    if reasons:
+        text += f", {reasons.total()} rejected ({_counted(reasons)})"
+    return text
 
 
 def _listed(files: Iterable[Path]) -> str:
-    return ", ".join(map(str, files))
+    named = [str(file) for file in files]
+    return ", ".join(named if len(named) <= 4 else [*named[:3], f"... ({len(named)} files)"])
 
 
 def _counted(counts: collections.Counter[str]) -> str:

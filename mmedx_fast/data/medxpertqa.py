@@ -10,7 +10,6 @@ Every published stem repeats its options after "Answer Choices:"; that part is c
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from mmedx_fast.data.records import Record
@@ -28,7 +27,7 @@ from mmedx_fast.data.rows import (
     split_files,
 )
 
-_CHOICES = re.compile(r"(?:^|\s*\n)\s*Answer Choices:")
+_CHOICES = "Answer Choices:"
 _USED = ("id", "question", "options", "label", "images", "specialty")
 
 
@@ -45,7 +44,7 @@ def parse(row: Row, number: int, context: RowContext) -> Record:
         raise RowError("reasoning", None, "MedXpertQA has no reasoning traces to train on")
     options = clean_options(_options(row.get("options")))
     label = label_field({"label": _single(row.get("label"))}, "label", options)
-    stem = _strip_choices(required_text(row, "question"))
+    stem = strip_choices(required_text(row, "question"))
     return Record(
         id=f"medxpertqa:{id_field(row)}",
         dataset="medxpertqa",
@@ -60,13 +59,16 @@ def parse(row: Row, number: int, context: RowContext) -> Record:
     )
 
 
-def _strip_choices(question: str) -> str:
-    """The stem before its last "Answer Choices:" line."""
-    marks = list(_CHOICES.finditer(question))
-    stem = question[: marks[-1].start()].strip() if marks else question
-    if not stem:
-        raise RowError("question", question, "question has no text before its options")
-    return stem
+def strip_choices(question: str) -> str:
+    """The stem before its last "Answer Choices:" that begins a line."""
+    at = len(question)
+    while (at := question.rfind(_CHOICES, 0, at)) >= 0:
+        stem = question[:at].rstrip()
+        if not stem:
+            raise RowError("question", question, "question has no text before its options")
+        if "\n" in question[len(stem) : at]:
+            return stem.lstrip()
+    return question
 
 
 def _options(raw: Any) -> Any:
@@ -111,4 +113,5 @@ LOADER = Loader(
     parse=parse,
     files=split_files,
     rows=read_jsonl,
+    suffixes=(".jsonl", ".json"),
 )

@@ -53,13 +53,14 @@ def parse(row: Row, number: int, context: RowContext) -> Record:
     """One row to a record; raises ``RowError``."""
     options = None if row.get("options") is None else clean_options(row["options"])
     label, answer = _answer(row, options)
-    dataset = text_field(row, "dataset", required=False)
+    dataset = None if row.get("dataset") is None else text_field(row, "dataset", required=False)
     native = id_field(row)
+    find = context.images.find
     return Record(
         id=native if dataset else f"mmedexpert:{native}",
         dataset=dataset or "mmedexpert",
         split=context.split,
-        images=tuple(context.images.find(name) for name in _image_names(row)),
+        images=tuple([find(name) for name in _image_names(row)]),
         question=required_text(row, "question"),
         options=options,
         answer_label=label,
@@ -84,7 +85,7 @@ def _answer(row: Row, options: dict[str, str] | None) -> tuple[str | None, str]:
             raise RowError("answer", text, "answer is not among the options")
         return matches[0], options[matches[0]]
     label = label_field(row, "answer_label", options)
-    if text is not None and text.casefold() != options[label].casefold():
+    if text is not None and text != options[label] and text.casefold() != options[label].casefold():
         # The row's answer may still carry the prefix or quotes that were cleaned off the options.
         raw = str(next(v for k, v in row["options"].items() if str(k).strip().upper() == label))
         if text != raw.strip():
@@ -93,7 +94,10 @@ def _answer(row: Row, options: dict[str, str] | None) -> tuple[str | None, str]:
 
 
 def _answer_type(row: Row, options: dict[str, str] | None) -> AnswerType:
-    kind = text_field(row, "answer_type", required=False) or ("mcq" if options else "open")
+    default: AnswerType = "mcq" if options else "open"
+    if row.get("answer_type") is None:
+        return default
+    kind = text_field(row, "answer_type", required=False) or default
     if kind not in get_args(AnswerType) or (kind == "mcq" and options is None):
         raise RowError("answer_type", kind, "answer_type is unknown, or mcq without options")
     return kind  # type: ignore[return-value]
@@ -103,7 +107,7 @@ def _image_names(row: Row) -> Sequence[str]:
     names = row.get("images")
     if names is None:
         return ()
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all([isinstance(name, str) for name in names]):
         raise RowError("images", names, "images is not a list of file names")
     return names
 
@@ -119,6 +123,8 @@ def _reasoning(
     row: Row, options: dict[str, str] | None, label: str | None, *, required: bool
 ) -> dict[str, str]:
     raw, paradigm = row.get("reasoning"), text_field(row, "paradigm", required=False)
+    if raw is None and not required:
+        return {}
     if isinstance(raw, dict):
         if paradigm is not None:
             raise RowError("paradigm", paradigm, "paradigm is set although reasoning names its own")
@@ -238,4 +244,5 @@ LOADER = Loader(
     parse=parse,
     files=split_files,
     rows=read_jsonl,
+    suffixes=(".jsonl", ".json"),
 )

@@ -53,7 +53,12 @@ def patient_age(text: str) -> float | None:
     """
     if not _CUE.search(text):
         return None
-    brought = {match.end() for match in _BROUGHT_CHILD.finditer(text)}
+    lower = text.lower()
+    brought = (
+        {match.end() for match in _BROUGHT_CHILD.finditer(text)}
+        if "bring" in lower or "brought" in lower
+        else set()
+    )
     first: float | None = None
     for match in _AGE.finditer(text):
         if _NOT_A_PERSON.match(text, match.end()) or _PARENT.match(text, match.end()):

@@ -16,23 +16,27 @@ AnswerType = Literal["mcq", "yesno", "closed", "open"]
 class ImageRef:
     """Where an image lies; nothing is opened until ``mmedx_fast.data.images.load_image``.
 
-    Exactly one of ``path`` (a file), ``data`` (encoded bytes) or ``member`` (a zip file and the name
-    inside it) is set.
+    Exactly one is set: ``path`` (a file), ``data`` (encoded bytes), ``member`` (a zip file and the
+    name inside it) or ``span`` (a file, and offset and length in bytes of base64 text in it).
     """
 
     path: Path | None = None
     data: bytes | None = dataclasses.field(default=None, repr=False)
     member: tuple[Path, str] | None = None
+    span: tuple[Path, int, int] | None = None
 
     def __post_init__(self) -> None:
-        if sum(source is not None for source in (self.path, self.data, self.member)) != 1:
-            raise ValueError("an ImageRef needs exactly one of path, data and member")
+        sources = (self.path, self.data, self.member, self.span)
+        if sources.count(None) != len(sources) - 1:
+            raise ValueError("an ImageRef needs exactly one of path, data, member and span")
 
     def __str__(self) -> str:
         if self.path is not None:
             return str(self.path)
         if self.member is not None:
             return f"{self.member[0]}!{self.member[1]}"
+        if self.span is not None:
+            return f"{self.span[0]}@{self.span[1]}+{self.span[2]}"
         return f"<{len(self.data or b'')} bytes>"
 
 

@@ -175,22 +175,27 @@ def _counter(names: list[str]) -> Callable[[_Case, int], bool]:
         for i in range(len(names))
     ]
 
-    # Texts share most of their words, so each word is matched once and not once a text.
+    # Texts share most of their words, so each word is matched once and not once a text; most match
+    # nothing, which one pattern of all entries tells.
+    any_entry = re.compile("|".join(pattern.pattern for pattern in patterns))
     hits: dict[str, frozenset[int]] = {}
     misses: set[str] = set()
 
     def holds(case: _Case, needed: int) -> bool:
         found: set[int] = set()
         for word in case.words - misses:
-            if word not in hits:
-                entries = frozenset(i for i, p in enumerate(patterns) if p.fullmatch(word))
-                if not entries and len(misses) < _REMEMBERED_WORDS:
-                    misses.add(word)
-                if not entries:
-                    continue
-                hits[word] = entries
-            found |= hits[word]
-        found.update(i for i, phrase in phrases if phrase in case.spaced)
+            if word in hits:
+                found |= hits[word]
+            elif any_entry.fullmatch(word):
+                hits[word] = frozenset(i for i, p in enumerate(patterns) if p.fullmatch(word))
+                found |= hits[word]
+            elif len(misses) < _REMEMBERED_WORDS:
+                misses.add(word)
+        if len(found) < needed:
+            spaced = case.spaced
+            for i, phrase in phrases:
+                if phrase in spaced:
+                    found.add(i)
         return len(found) >= needed
 
     return holds
