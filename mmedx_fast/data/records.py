@@ -25,7 +25,6 @@ class ImageRef:
     data: bytes | None = dataclasses.field(default=None, repr=False)
     member: tuple[Path, str] | None = None
     span: tuple[Path, int, int] | None = None
-
     cell: tuple[Path, int, str, int] | None = None
 
     def __post_init__(self) -> None:
