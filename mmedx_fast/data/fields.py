@@ -65,7 +65,7 @@ def answer_text(row: Mapping[str, Any], field: str = "answer") -> str:
     """The gold answer as text; numbers are taken too ("3" for 3 and for 3.0)."""
     value = row.get(field)
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(int(value)) if value == int(value) else str(value)
+        return str(value).removesuffix(".0")
     if value is None or (isinstance(value, str) and not value.strip()):
         raise RowError(field, value, f"{field} is missing or empty")
     if not isinstance(value, str):
