@@ -559,6 +559,18 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"id": "q0", "dataset": "d", "images": [], "question": "q", "options": None,
          "answer_label": None, "answer": "x"},
     ],
+    "omnimedvqa": [
+        {"dataset": "d", "question_id": "d_1", "question_type": "t", "question": "q",
+         "gt_answer": "a", "image_path": "Images/a.png", "option_A": "a", "option_B": "b",
+         "modality_type": "CT"},
+    ],
+    "pmc_vqa": [
+        {"Figure_path": "a.jpg", "Question": "q", "Answer": "a", "Choice A": "A:a",
+         "Choice B": "B:b", "Choice C": "C:c", "Choice D": "D:d", "Answer_label": "A"},
+    ],
+    "vlmeval_tsv": [
+        {"index": "0", "image": "aaaa", "question": "q", "A": "a", "B": "b", "answer": "A"},
+    ],
     "slake": [{"img_name": "a", "question": "q", "answer": "a", "q_lang": "en", "qid": 1}],
     "vqa_rad": [
         {"qid": 1, "phrase_type": "para", "image_name": "a", "question": "q", "answer": "a"},
@@ -579,6 +591,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "easyr1": [easy_row(), {"problem": "q", "answer": "a"}],
     "huggingface": [any_row(), {"image": CELL, "question": "q", "answer": "a"}],
 }  # fmt: skip
+
+
+def test_there_is_a_row_of_every_format() -> None:
+    assert ROWS.keys() == LOADERS.keys()
 
 
 @pytest.mark.parametrize("name", ROWS)

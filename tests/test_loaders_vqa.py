@@ -520,6 +520,14 @@ def test_huatuo_subset_decides_the_specialty(tmp_path: Path) -> None:
 # ---- images in zips
 
 
+def test_slake_images_in_a_zip(tmp_path: Path) -> None:
+    write_json(tmp_path / "test.json", [slake_row(1), slake_row(2, img_name="xmlab2/source.jpg")])
+    with zipfile.ZipFile(tmp_path / "imgs.zip", "w") as out:
+        for number in (2, 9):
+            out.writestr(f"imgs/xmlab{number}/source.jpg", png(number))
+    assert [read_encoded(r.images[0]) for r in load(tmp_path).records] == [png(9), png(2)]
+
+
 def test_images_in_a_zip(tmp_path: Path) -> None:
     write_json(tmp_path / "medical_multimodel_evaluation_data.json", [huatuo_row()])
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as out:

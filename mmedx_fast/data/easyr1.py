@@ -18,7 +18,7 @@ from mmedx_fast.data.fields import (
     split_option_lines,
     yesno_or_open,
 )
-from mmedx_fast.data.hub import hub_files, read_any
+from mmedx_fast.data.hub import SUFFIXES, hub_files, read_any
 from mmedx_fast.data.records import Record
 from mmedx_fast.data.rows import (
     Loader,
@@ -69,4 +69,5 @@ LOADER = Loader(
     parse=parse,
     files=hub_files,
     rows=read_any,
+    suffixes=SUFFIXES,
 )

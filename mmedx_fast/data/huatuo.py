@@ -18,7 +18,7 @@ from mmedx_fast.data.fields import (
     no_reasoning,
     row_id,
 )
-from mmedx_fast.data.hub import hub_files, read_any
+from mmedx_fast.data.hub import SUFFIXES, hub_files, read_any
 from mmedx_fast.data.records import Record
 from mmedx_fast.data.rows import (
     Loader,
@@ -75,4 +75,5 @@ LOADER = Loader(
     parse=parse,
     files=files,
     rows=read_any,
+    suffixes=SUFFIXES,
 )

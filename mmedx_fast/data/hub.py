@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmedx_fast.data.json_array import read_json
 from mmedx_fast.data.parquet import read_parquet, read_saved
-from mmedx_fast.data.rows import SPLIT_NAMES, Row, RowError, read_jsonl
+from mmedx_fast.data.rows import SPLIT_NAMES, Row, RowError, SeveralFiles, no_split_file, read_jsonl
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 _SHARD = re.compile(r"-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]+)?")
@@ -38,8 +38,6 @@ def hub_files(
     """
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder; check the data path")
     names = (*SPLIT_NAMES.get(split, (split,)), *also)
     if (path / "state.json").is_file():
         return [path]
@@ -50,21 +48,15 @@ def hub_files(
     for depth in _DEPTH:
         groups = _groups(path, depth, names, suffixes)
         if len(groups) > 1:
+            found = [file for files in groups.values() for file in files]
             listed = ", ".join(str(files[0].relative_to(path)) for files in groups.values())
-            raise ValueError(
-                f"{path}: several files for split {split!r} ({listed}); give the one meant"
+            raise SeveralFiles(
+                f"{path}: several files for split {split!r} ({listed}); give the one meant", found
             )
         for files in groups.values():
             _check_shards(files)
             return files
-    present = sorted(
-        str(f.relative_to(path)) for suffix in suffixes for f in path.glob(f"**/*{suffix}")
-    )
-    raise ValueError(
-        f"{path}: no file for split {split!r} (looked for {', '.join(names)} with "
-        f"{', '.join(suffixes)}; such files there: {', '.join(present[:10]) or 'none'}); "
-        "give the file itself or rename it"
-    )
+    raise no_split_file(path, split, names, suffixes)
 
 
 def read_any(file: Path) -> Iterator[tuple[int, Row | RowError]]:

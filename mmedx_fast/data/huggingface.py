@@ -23,7 +23,7 @@ from mmedx_fast.data.fields import (
     yesno_or_open,
 )
 from mmedx_fast.data.huatuo import detect as is_huatuo
-from mmedx_fast.data.hub import hub_files, read_any
+from mmedx_fast.data.hub import SUFFIXES, hub_files, read_any
 from mmedx_fast.data.pathvqa import detect as is_pathvqa
 from mmedx_fast.data.records import Record
 from mmedx_fast.data.rows import (
@@ -94,4 +94,5 @@ LOADER = Loader(
     parse=parse,
     files=hub_files,
     rows=read_any,
+    suffixes=SUFFIXES,
 )

@@ -14,7 +14,7 @@ import string
 from pathlib import Path
 
 from mmedx_fast.data.fields import image_refs, left_over, no_reasoning, row_id
-from mmedx_fast.data.hub import hub_files, read_any
+from mmedx_fast.data.hub import SUFFIXES, hub_files, read_any
 from mmedx_fast.data.records import Record
 from mmedx_fast.data.rows import (
     SPLIT_NAMES,
@@ -22,6 +22,7 @@ from mmedx_fast.data.rows import (
     Row,
     RowContext,
     RowError,
+    SeveralFiles,
     clean_options,
     label_field,
     required_text,
@@ -104,8 +105,9 @@ def files(path: Path, split: str) -> list[Path]:
             found = {folder: inside for folder, inside in found.items() if inside}
             if len(found) > 1:
                 listed = ", ".join(str(folder) for folder in found)
-                raise ValueError(
-                    f"{path}: several folders for split {split!r} ({listed}); give the one meant"
+                raise SeveralFiles(
+                    f"{path}: several folders for split {split!r} ({listed}); give the one meant",
+                    [file for inside in found.values() for file in inside],
                 )
             for inside in found.values():
                 return inside
@@ -119,5 +121,6 @@ LOADER = Loader(
     parse=parse,
     files=files,
     rows=read_any,
+    suffixes=SUFFIXES,
     image_levels=4,
 )

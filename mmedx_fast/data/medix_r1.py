@@ -16,7 +16,7 @@ from mmedx_fast.data.fields import (
     row_id,
     yesno_or_open,
 )
-from mmedx_fast.data.hub import hub_files, read_any
+from mmedx_fast.data.hub import SUFFIXES, hub_files, read_any
 from mmedx_fast.data.records import Record
 from mmedx_fast.data.rows import (
     Loader,
@@ -76,4 +76,5 @@ LOADER = Loader(
     parse=parse,
     files=hub_files,
     rows=read_any,
+    suffixes=SUFFIXES,
 )

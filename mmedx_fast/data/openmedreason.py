@@ -13,7 +13,7 @@ from mmedx_fast.data.fields import (
     row_id,
     split_option_lines,
 )
-from mmedx_fast.data.hub import hub_files, read_any
+from mmedx_fast.data.hub import SUFFIXES, hub_files, read_any
 from mmedx_fast.data.records import Record
 from mmedx_fast.data.rows import (
     Loader,
@@ -66,4 +66,5 @@ LOADER = Loader(
     parse=parse,
     files=hub_files,
     rows=read_any,
+    suffixes=SUFFIXES,
 )

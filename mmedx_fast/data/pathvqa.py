@@ -10,7 +10,7 @@ read.
 
 from __future__ import annotations
 
-from mmedx_fast.data.hub import hub_files, read_any
+from mmedx_fast.data.hub import SUFFIXES, hub_files, read_any
 from mmedx_fast.data.records import Record
 from mmedx_fast.data.rows import Loader, Row, RowContext
 from mmedx_fast.data.vqa_rad import is_bare, parse_bare
@@ -33,4 +33,5 @@ LOADER = Loader(
     parse=parse,
     files=hub_files,
     rows=read_any,
+    suffixes=SUFFIXES,
 )

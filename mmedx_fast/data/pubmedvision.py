@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedx_fast.data.fields import image_refs, left_over, no_reasoning, place_images
-from mmedx_fast.data.hub import hub_files, read_any
+from mmedx_fast.data.hub import SUFFIXES, hub_files, read_any
 from mmedx_fast.data.records import Record
 from mmedx_fast.data.rows import Loader, Row, RowContext, RowError, id_field, specialty_field
 
@@ -77,4 +77,5 @@ LOADER = Loader(
     parse=parse,
     files=files,
     rows=read_any,
+    suffixes=SUFFIXES,
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmedx_fast.data.fields import answer_text, is_yes_or_no, left_over, no_reasoning
-from mmedx_fast.data.hub import hub_files, read_any
+from mmedx_fast.data.hub import SUFFIXES, hub_files, read_any
 from mmedx_fast.data.records import AnswerType, ImageRef, Record
 from mmedx_fast.data.rows import (
     Loader,
@@ -47,7 +47,7 @@ def parse(row: Row, number: int, context: RowContext) -> Record:
         id=f"slake:{id_field(row, 'qid')}",
         dataset="slake",
         split=context.split,
-        images=(_image(required_text(row, "img_name"), context),),
+        images=(_image(row, context),),
         question=required_text(row, "question"),
         options=None,
         answer_label=None,
@@ -66,13 +66,10 @@ def _answer_type(raw: str, answer: str) -> AnswerType:
     raise RowError("answer_type", raw, "answer_type is neither OPEN nor CLOSED")
 
 
-def _image(name: str, context: RowContext) -> ImageRef:
-    """Every image is called source.jpg; only its folder tells them apart."""
-    found = context.images.find(f"imgs/{name}", "img_name")
-    place = Path(found.member[1] if found.member else found.path or "").parts
-    if place[-2:] != Path(name).parts[-2:]:
-        raise RowError("img_name", name, "image file is missing")
-    return found
+def _image(row: Row, context: RowContext) -> ImageRef:
+    """Every image is called source.jpg: without its folder the name says nothing."""
+    name = required_text(row, "img_name")
+    return context.images.find(name, "img_name", places=("imgs",), exact=True)
 
 
 def files(path: Path, split: str) -> list[Path]:
@@ -87,5 +84,6 @@ LOADER = Loader(
     parse=parse,
     files=files,
     rows=read_any,
+    suffixes=SUFFIXES,
     options={"language": LANGUAGES},
 )

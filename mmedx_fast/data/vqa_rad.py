@@ -22,7 +22,7 @@ from mmedx_fast.data.fields import (
     row_id,
     yesno_or_open,
 )
-from mmedx_fast.data.hub import hub_files, read_any
+from mmedx_fast.data.hub import SUFFIXES, hub_files, read_any
 from mmedx_fast.data.records import AnswerType, ImageRef, Record
 from mmedx_fast.data.rows import (
     Loader,
@@ -115,7 +115,7 @@ def _answer_type(row: Row, answer: str) -> AnswerType:
 
 
 def _image(name: str, context: RowContext) -> ImageRef:
-    return context.images.find(f"VQA_RAD Image Folder/{name}", "image_name")
+    return context.images.find(name, "image_name", places=("VQA_RAD Image Folder", "images"))
 
 
 def files(path: Path, split: str) -> list[Path]:
@@ -130,4 +130,5 @@ LOADER = Loader(
     parse=parse,
     files=files,
     rows=read_any,
+    suffixes=SUFFIXES,
 )
