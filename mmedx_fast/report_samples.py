@@ -6,9 +6,12 @@ import base64
 import io
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmedx_fast.report_data import Rows, RunData, label
+
+if TYPE_CHECKING:
+    from mmedx_fast.data.records import ImageRef
 
 _EDGE = 400
 """Longest edge, in pixels, of an image in the report."""
@@ -102,17 +105,23 @@ def _answer(model: str, row: dict[str, Any]) -> str:
 
 
 def _picture(folder: Path, image: str, alt: str) -> str:
-    from mmedx_fast.data.images import load_image
     from mmedx_fast.data.records import ImageRef
 
+    archive, mark, member = image.partition("!")
+    if mark and Path(archive).suffix.lower() == ".zip":
+        return embedded(ImageRef(member=(Path(archive), member)), alt)
+    path = Path(image)
+    beside = folder / path
+    return embedded(
+        ImageRef(path=path if path.is_absolute() or not beside.exists() else beside), alt
+    )
+
+
+def embedded(ref: ImageRef, alt: str) -> str:
+    """An image, shrunken, inside the page; what is wrong with it where it cannot be shown."""
+    from mmedx_fast.data.images import load_image
+
     try:
-        archive, mark, member = image.partition("!")
-        if mark and Path(archive).suffix.lower() == ".zip":
-            ref = ImageRef(member=(Path(archive), member))
-        else:
-            path = Path(image)
-            beside = folder / path
-            ref = ImageRef(path=path if path.is_absolute() or not beside.exists() else beside)
         picture = load_image(ref)
     except (ValueError, OSError) as error:
         return f'<p class="muted">{escape(str(error))}</p>'
