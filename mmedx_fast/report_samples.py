@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from mmedx_fast.report_data import Rows, RunData, label
 if TYPE_CHECKING:
     from mmedx_fast.data.records import ImageRef
 
+_CELL = re.compile(r"(?P<file>.+)!(?P<column>[^!\[\]]+)\[(?P<row>\d+)\](?:\[(?P<position>\d+)\])?")
+_SPAN = re.compile(r"(?P<file>.+)@(?P<start>\d+)\+(?P<length>\d+)")
 _EDGE = 400
 """Longest edge, in pixels, of an image in the report."""
 
@@ -105,16 +108,24 @@ def _answer(model: str, row: dict[str, Any]) -> str:
 
 
 def _picture(folder: Path, image: str, alt: str) -> str:
+    return embedded(_reference(folder, image), alt)
+
+
+def _reference(folder: Path, image: str) -> ImageRef:
+    """The image that a prediction names as ``str`` of an ``ImageRef`` does."""
     from mmedx_fast.data.records import ImageRef
 
     archive, mark, member = image.partition("!")
     if mark and Path(archive).suffix.lower() == ".zip":
-        return embedded(ImageRef(member=(Path(archive), member)), alt)
+        return ImageRef(member=(Path(archive), member))
+    if cell := _CELL.fullmatch(image):
+        position = -1 if cell["position"] is None else int(cell["position"])
+        return ImageRef(cell=(Path(cell["file"]), int(cell["row"]), cell["column"], position))
+    if span := _SPAN.fullmatch(image):
+        return ImageRef(span=(Path(span["file"]), int(span["start"]), int(span["length"])))
     path = Path(image)
     beside = folder / path
-    return embedded(
-        ImageRef(path=path if path.is_absolute() or not beside.exists() else beside), alt
-    )
+    return ImageRef(path=path if path.is_absolute() or not beside.exists() else beside)
 
 
 def embedded(ref: ImageRef, alt: str) -> str:

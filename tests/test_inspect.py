@@ -15,8 +15,10 @@ from PIL import Image
 from mmedx_fast.cli import main
 from mmedx_fast.data.loaders import load_records
 from mmedx_fast.data.phantom import write_phantom
+from mmedx_fast.data.records import ImageRef
 from mmedx_fast.inspection import Inspection, SplitCounts, inspect_data, report_text
 from mmedx_fast.inspection_html import page
+from mmedx_fast.report_samples import _reference
 
 
 def png(colour: tuple[int, int, int] = (9, 9, 9)) -> bytes:
@@ -259,3 +261,16 @@ def test_both_splits_of_one_file(tmp_path: Path) -> None:
     for path in (tmp_path, file):
         found = inspect_data(path)
         assert [(s.split, s.records) for s in found.splits] == [("train", 2), ("test", 1)]
+
+
+@pytest.mark.parametrize("position", [-1, 3])
+def test_report_finds_images_inside_data_files(tmp_path: Path, position: int) -> None:
+    """What a prediction keeps of an image is its text; the report opens it again from that."""
+    refs = [
+        ImageRef(cell=(tmp_path / "a [1]!b.parquet", 12, "image", position)),
+        ImageRef(span=(tmp_path / "set@2+3.tsv", 10, 99)),
+        ImageRef(member=(tmp_path / "images.zip", "images/a@1+2.png")),
+        ImageRef(member=(tmp_path / "images.zip", "images/a[3]")),
+        ImageRef(path=tmp_path / "images" / "a[1] (2).png"),
+    ]
+    assert [_reference(tmp_path, str(ref)) for ref in refs] == refs
