@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmedx_fast.data.hub import WrongShards
 from mmedx_fast.data.loaders import LOADERS, detect_format, iter_records
 from mmedx_fast.data.records import SPECIALTIES, Record
 from mmedx_fast.data.rows import SPLIT_NAMES, SeveralFiles
@@ -128,6 +129,8 @@ def _sources(
     for name in [split] if split else SPLIT_NAMES:
         try:
             files = LOADERS[format].files(path, name)
+        except WrongShards as error:
+            unread[name] = str(error)
         except SeveralFiles as several:
             found += [(name, file) for file in several.files]
         except ValueError as error:

@@ -140,6 +140,14 @@ def test_shards_are_one_split(tmp_path: Path) -> None:
     split = only(found)
     assert (found.format, split.records, len(split.files)) == ("pathvqa", 6, 2)
     assert page(found).count("<img ") == 2
+    # A split that lacks a shard is not read as if it were whole.
+    (tmp_path / "path-vqa" / "train-00000-of-00002.parquet").write_bytes(
+        (tmp_path / "path-vqa" / "test-00000-of-00002.parquet").read_bytes()
+    )
+    found = inspect_data(tmp_path / "path-vqa")
+    assert [s.split for s in found.splits] == ["test"]
+    assert "shard 1 of 2 is missing" in found.unread["train"]
+    assert "shard 1 of 2 is missing" in report_text(found) and "shard 1 of 2" in page(found)
 
 
 def test_only_bad_rows_are_a_result_and_damage_is_an_error(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from mmedx_fast.data import (
     medvlthinker,
     openmedreason,
 )
-from mmedx_fast.data.fields import place_images, split_option_lines
+from mmedx_fast.data.fields import letter_or_text, place_images, split_option_lines
 from mmedx_fast.data.images import read_encoded
 from mmedx_fast.data.loaders import LOADERS, LoadResult, detect_format, load_records
 from mmedx_fast.data.med_r1 import split_inline_options
@@ -546,6 +546,31 @@ def test_paths_inside_parquet_are_looked_for(tmp_path: Path) -> None:
     assert read_encoded(result.records[0].images[0]) == png(9)
     assert result.records[1].images == ()
     assert rejected(result) == {2: "image file is missing"}
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "letter"),
+    [
+        ("xyz", "B", "B"),
+        ("xyz", " (b). ", "B"),
+        ("xyz", "Y", "B"),
+        ("xyz", "B. y", "B"),
+        ("xyz", "B. z", None),
+        ("xyz", "D", None),
+        ("xyx", "x", None),  # two options say so
+        ("Xyx", "x", "C"),  # exactly before regardless of case
+        ("xBz", "B", "B"),
+        ("Bxz", "B", None),  # the letter of x, the text of A
+        ("xyz", "x y", None),
+    ],
+)
+def test_gold_letter(options: str, answer: str, letter: str | None) -> None:
+    given = dict(zip("ABC", options, strict=True))
+    if letter is None:
+        with pytest.raises(RowError):
+            letter_or_text(given, answer)
+    else:
+        assert letter_or_text(given, answer) == letter
 
 
 # ---- which format a row is of

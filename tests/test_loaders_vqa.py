@@ -335,8 +335,9 @@ def test_a_missing_shard_is_no_smaller_data_set(tmp_path: Path) -> None:
     folder = tmp_path / "path-vqa"
     for number in (0, 2):
         write_parquet(folder / f"data/train-{number:05}-of-00003.parquet", bare_rows("no"))
-    with pytest.raises(ValueError, match=r"shard 1 of 3 is missing .*download it"):
-        load(folder, "train", format="pathvqa")
+    for name in (None, "pathvqa"):
+        with pytest.raises(ValueError, match=r"shard 1 of 3 is missing .*download it"):
+            load(folder, "train", format=name)
 
 
 def test_bare_columns_elsewhere_are_no_data_set_of_a_name(tmp_path: Path) -> None:

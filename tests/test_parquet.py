@@ -28,7 +28,7 @@ def png(value: int, size: int = 8) -> bytes:
 def rows_of(file: Path) -> list[dict[str, Any]]:
     read = list(read_saved(file) if file.is_dir() else read_parquet(file))
     assert [number for number, _ in read] == list(range(1, len(read) + 1))
-    return [row for _, row in read]
+    return [row for _, row in read if isinstance(row, dict)]
 
 
 IMAGES: list[Any] = [

@@ -22,6 +22,10 @@ _DEPTH = ("", "*/", "*/*/")
 """A split's files lie in the folder itself or up to two folders down (``data/``, a configuration)."""
 
 
+class WrongShards(SeveralFiles):
+    """The files of a split that cannot be all of it, or not once."""
+
+
 def hub_files(
     path: Path,
     split: str,
@@ -33,8 +37,8 @@ def hub_files(
     """The files (or the saved folder) of a split, shards in their order.
 
     ``also``: further names a format uses for this split; ``released``: full names of files that are
-    this split without saying so. Raises ``ValueError`` when there is none,
-    more than one to choose from, or a shard is missing.
+    this split without saying so. Raises ``ValueError`` when there is none, ``SeveralFiles`` when
+    there is more than one to choose from, ``WrongShards`` when one is missing or there twice.
     """
     if path.is_file():
         return [path]
@@ -105,18 +109,21 @@ def _groups(
 
 def _check_shards(files: list[Path]) -> None:
     """Every shard must be there once: a data set must not shrink in silence."""
-    numbers = [int(m["number"]) for f in files if (m := _SHARD.search(f.stem))]
-    if not numbers:
+    shards = [match for file in files if (match := _SHARD.search(file.stem))]
+    if not shards:
         return
-    count = int(_SHARD.search(files[0].stem)["count"])  # type: ignore[index]
+    count = int(shards[0]["count"])
+    numbers = [int(match["number"]) for match in shards]
     missing = sorted(set(range(count)) - set(numbers))
     if missing:
-        raise ValueError(
+        raise WrongShards(
             f"{files[0].parent}: shard {missing[0]} of {count} is missing beside {files[0].name} "
-            f"({len(missing)} missing); download it, or give the files one by one"
+            f"({len(missing)} missing); download it, or give the files one by one",
+            files,
         )
     if len(numbers) != len(set(numbers)):
-        raise ValueError(
+        raise WrongShards(
             f"{files[0].parent}: two versions of the same shard ({files[0].name}, ...); "
-            "keep one version"
+            "keep one version",
+            files,
         )

@@ -197,8 +197,8 @@ def _empty_slots(array: pa.Array) -> int:
 def _cells(file: Path, name: str, array: pa.Array, first: int, *, present: bool) -> list[Any]:
     """The image column of a batch as ``ImageRef``, path text or None, or lists of these."""
     if not _is_list(array):
-        slots = _slots(array, present)
-        return [_slot(file, first + i, name, -1, slot) for i, slot in enumerate(slots)]
+        own = enumerate(_slots(array, present), start=first)
+        return [_slot(file, row, name, -1, slot) for row, slot in own]
     slots = iter(_slots(array.flatten(), present))
     return [
         None
