@@ -13,6 +13,8 @@ from PIL import Image
 
 from mmedx_fast.data import parquet
 from mmedx_fast.data.images import ImageError, image_digest, load_image, read_encoded
+from mmedx_fast.data.loaders import load_records
+from mmedx_fast.data.mmedexpert import write_mmedexpert
 from mmedx_fast.data.parquet import read_parquet, read_saved
 from mmedx_fast.data.records import ImageRef
 
@@ -164,6 +166,8 @@ import resource, sys
 from pathlib import Path
 import pyarrow.parquet
 from mmedx_fast.data.images import read_encoded
+from mmedx_fast.data.loaders import load_records
+from mmedx_fast.data.mmedexpert import write_mmedexpert
 from mmedx_fast.data.parquet import read_parquet
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows = [row for _, row in read_parquet(Path({str(file)!r}))]
@@ -283,3 +287,20 @@ def test_a_folder_saved_by_halves_is_named(tmp_path: Path) -> None:
     next(folder.glob("*.arrow")).write_bytes(b"")
     with pytest.raises(ValueError, match=f"{folder}: is not a data set that .* save it again"):
         rows_of(folder)
+
+
+def test_records_of_parquet_are_written_with_their_images(tmp_path: Path) -> None:
+    images = [{"bytes": png(i), "path": None} for i in range(3)]
+    table = pa.table(
+        {"image": pa.array(images, STRUCT), "question": ["a", "b", "c"], "answer": ["yes"] * 3}
+    )
+    (tmp_path / "vqa-rad").mkdir()
+    pq.write_table(table, tmp_path / "vqa-rad" / "train.parquet")
+    records = load_records(tmp_path / "vqa-rad", split="train").records
+    write_mmedexpert(records, tmp_path / "out", "train")
+    again = load_records(tmp_path / "out", split="train").records
+    assert [(r.id, r.question, r.answer_type) for r in again] == [
+        (r.id, r.question, "yesno") for r in records
+    ]
+    assert [read_encoded(r.images[0]) for r in again] == [png(i) for i in range(3)]
+    assert {r.images[0].path.suffix for r in again if r.images[0].path} == {".png"}
