@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmedx_fast import __version__
+from mmedx_fast.cli_data import add_data
 from mmedx_fast.cli_predictions import add_commands
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
             f"--{split}", type=int, default=count, help="questions (default %(default)s)"
         )
     sub.add_argument("--seed", type=int, default=0)
+    add_data(commands)
     return parser
 
 

@@ -67,7 +67,7 @@ article { margin: 14px 0; display: grid; grid-template-columns: 200px 1fr; gap: 
 article .pics { display: flex; flex-direction: column; gap: 8px; }
 article img { width: 100%; border-radius: 6px; background: #000; display: block;
   image-rendering: auto; }
-article > div { min-width: 0; }
+article > div { min-width: 0; overflow-wrap: anywhere; }
 .tag { color: var(--muted); font-size: 0.82rem; overflow-wrap: anywhere; }
 ul.options { margin: 6px 0 12px; padding-left: 0; list-style: none; font-size: 0.93rem; }
 .right { color: var(--good); font-weight: 600; }

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmedx_fast.report_data import Rows, RunData, label
 
+if TYPE_CHECKING:
+    from mmedx_fast.data.records import ImageRef
+
+_CELL = re.compile(r"(?P<file>.+)!(?P<column>[^!\[\]]+)\[(?P<row>\d+)\](?:\[(?P<position>\d+)\])?")
+_SPAN = re.compile(r"(?P<file>.+)@(?P<start>\d+)\+(?P<length>\d+)")
 _EDGE = 400
 """Longest edge, in pixels, of an image in the report."""
 
@@ -102,17 +108,31 @@ def _answer(model: str, row: dict[str, Any]) -> str:
 
 
 def _picture(folder: Path, image: str, alt: str) -> str:
-    from mmedx_fast.data.images import load_image
+    return embedded(_reference(folder, image), alt)
+
+
+def _reference(folder: Path, image: str) -> ImageRef:
+    """The image that a prediction names as ``str`` of an ``ImageRef`` does."""
     from mmedx_fast.data.records import ImageRef
 
+    archive, mark, member = image.partition("!")
+    if mark and Path(archive).suffix.lower() == ".zip":
+        return ImageRef(member=(Path(archive), member))
+    if cell := _CELL.fullmatch(image):
+        position = -1 if cell["position"] is None else int(cell["position"])
+        return ImageRef(cell=(Path(cell["file"]), int(cell["row"]), cell["column"], position))
+    if span := _SPAN.fullmatch(image):
+        return ImageRef(span=(Path(span["file"]), int(span["start"]), int(span["length"])))
+    path = Path(image)
+    beside = folder / path
+    return ImageRef(path=path if path.is_absolute() or not beside.exists() else beside)
+
+
+def embedded(ref: ImageRef, alt: str) -> str:
+    """An image, shrunken, inside the page; what is wrong with it where it cannot be shown."""
+    from mmedx_fast.data.images import load_image
+
     try:
-        archive, mark, member = image.partition("!")
-        if mark and Path(archive).suffix.lower() == ".zip":
-            ref = ImageRef(member=(Path(archive), member))
-        else:
-            path = Path(image)
-            beside = folder / path
-            ref = ImageRef(path=path if path.is_absolute() or not beside.exists() else beside)
         picture = load_image(ref)
     except (ValueError, OSError) as error:
         return f'<p class="muted">{escape(str(error))}</p>'

@@ -277,7 +277,7 @@ def test_damaged_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("sources", [{}, {"path": Path("a"), "span": (Path("a"), 0, 1)}])
 def test_an_image_lies_in_one_place(sources: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="exactly one of path, data, member and span"):
+    with pytest.raises(ValueError, match="exactly one of path, data, member, span and cell"):
         ImageRef(**sources)
 
 

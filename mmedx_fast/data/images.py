@@ -1,5 +1,5 @@
-"""Opening images: PNG, JPEG (and other bitmap files) and DICOM, from files, zip members, bytes
-or base64 inside a file, all to 8-bit RGB.
+"""Opening images: PNG, JPEG (and other bitmap files) and DICOM, from files, zip members, bytes,
+base64 inside a file or a cell of a parquet file, all to 8-bit RGB.
 
 Nothing else in the project opens an image. Every failure is an ``ImageError`` that names the image
 and the remedy.
@@ -114,6 +114,8 @@ def read_encoded(ref: ImageRef) -> bytes:
         encoded = _read_member(ref, *ref.member)
     elif ref.span is not None:
         encoded = _read_span(ref, *ref.span)
+    elif ref.cell is not None:
+        encoded = _read_cell(ref, *ref.cell)
     else:
         assert ref.path is not None
         encoded = _read_file(ref, ref.path, 0, None)
@@ -175,6 +177,21 @@ def _read_member(ref: ImageRef, archive: Path, name: str) -> bytes:
         raise ImageError(
             ref, f"zip member cannot be read ({error})", "copy or build the zip file again"
         ) from error
+
+
+def _read_cell(ref: ImageRef, file: Path, row: int, column: str, position: int) -> bytes:
+    from mmedx_fast.data.parquet import read_cell
+
+    try:
+        encoded = read_cell(file, row, column, position)
+    except FileNotFoundError:
+        raise ImageError(ref, "no such data file", "check the path") from None
+    except (LookupError, ValueError, OSError) as error:
+        raise ImageError(
+            ref, f"cannot be read ({error})", "copy the data file again and load it anew"
+        ) from error
+    _check_encoded_size(ref, len(encoded))
+    return encoded
 
 
 def _check_encoded_size(ref: ImageRef, size: int) -> None:

@@ -15,7 +15,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmedx_fast.data import detection, medxpertqa, mmedexpert, omnimedvqa, pmc_vqa, vlmeval_tsv
+from mmedx_fast.data import (
+    detection,
+    easyr1,
+    huatuo,
+    huggingface,
+    med_r1,
+    medix_r1,
+    medvlm_r1,
+    medvlthinker,
+    medxpertqa,
+    mmedexpert,
+    omnimedvqa,
+    openmedreason,
+    pathvqa,
+    pmc_vqa,
+    pubmedvision,
+    slake,
+    vlmeval_tsv,
+    vqa_rad,
+)
 from mmedx_fast.data.images import image_digest
 from mmedx_fast.data.records import Record
 from mmedx_fast.data.rows import ImageFinder, Loader, Row, RowContext, RowError
@@ -29,6 +48,18 @@ LOADERS: dict[str, Loader] = {
         omnimedvqa.LOADER,
         pmc_vqa.LOADER,
         vlmeval_tsv.LOADER,
+        slake.LOADER,
+        vqa_rad.LOADER,
+        pathvqa.LOADER,
+        pubmedvision.LOADER,
+        huatuo.LOADER,
+        med_r1.LOADER,
+        medvlm_r1.LOADER,
+        medvlthinker.LOADER,
+        medix_r1.LOADER,
+        openmedreason.LOADER,
+        easyr1.LOADER,
+        huggingface.LOADER,
     )
 }
 

@@ -45,8 +45,11 @@ _MAGIC = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"BM"
 
 
 def detect(row: Row) -> bool:
-    """Whether a row has this format's columns."""
-    return {"question", "answer"} <= row.keys() and bool({"answer_label", "reasoning"} & row.keys())
+    """Whether a row has this format's columns; OpenMedReason has ``image``, MedVLThinker its options
+    as text.
+    """
+    own = {"question", "answer"} <= row.keys() and bool({"answer_label", "reasoning"} & row.keys())
+    return own and "image" not in row and not isinstance(row.get("options"), str)
 
 
 def parse(row: Row, number: int, context: RowContext) -> Record:

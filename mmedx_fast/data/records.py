@@ -17,18 +17,20 @@ class ImageRef:
     """Where an image lies; nothing is opened until ``mmedx_fast.data.images.load_image``.
 
     Exactly one is set: ``path`` (a file), ``data`` (encoded bytes), ``member`` (a zip file and the
-    name inside it) or ``span`` (a file, and offset and length in bytes of base64 text in it).
+    name inside it), ``span`` (a file, and offset and length in bytes of base64 text in it) or
+    ``cell`` (a parquet file or saved data set, row from 0, column, position in the row's list or -1).
     """
 
     path: Path | None = None
     data: bytes | None = dataclasses.field(default=None, repr=False)
     member: tuple[Path, str] | None = None
     span: tuple[Path, int, int] | None = None
+    cell: tuple[Path, int, str, int] | None = None
 
     def __post_init__(self) -> None:
-        sources = (self.path, self.data, self.member, self.span)
+        sources = (self.path, self.data, self.member, self.span, self.cell)
         if sources.count(None) != len(sources) - 1:
-            raise ValueError("an ImageRef needs exactly one of path, data, member and span")
+            raise ValueError("an ImageRef needs exactly one of path, data, member, span and cell")
 
     def __str__(self) -> str:
         if self.path is not None:
@@ -37,6 +39,9 @@ class ImageRef:
             return f"{self.member[0]}!{self.member[1]}"
         if self.span is not None:
             return f"{self.span[0]}@{self.span[1]}+{self.span[2]}"
+        if self.cell is not None:
+            file, row, column, position = self.cell
+            return f"{file}!{column}[{row}]" + (f"[{position}]" if position >= 0 else "")
         return f"<{len(self.data or b'')} bytes>"
 
 
