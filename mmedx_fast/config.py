@@ -71,14 +71,19 @@ class ModelConfig(Section):
     """Upper bound on the pixels of one image after resizing; larger images are scaled down."""
 
 
+SplitName = Literal["train", "validation", "test"]
+
+
 class DataConfig(Section):
     train: str = "phantom"
     """``phantom`` (made by the program) or a folder / file in a supported format."""
     validation: str | None = None
     """As ``train``; null takes ``phantom`` with phantom training data, else holds out a share of train."""
     test: str = "phantom"
-    format: str | None = None
-    """Format name for real data; null detects it."""
+    format: str | dict[SplitName, str] | None = None
+    """Format name for real data, or one by split (``{test: slake}``); null, or a split left out, detects it."""
+    options: dict[SplitName, dict[str, Any]] = Field(default_factory=dict)
+    """By split, what the split's format offers to choose: ``{test: {language: both}}`` for SLAKE."""
     answer_format: Literal["letter", "text"] = "letter"
     """What stands between the answer tags: the option's letter, or its text."""
     system_prompt: str | None = None

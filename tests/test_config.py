@@ -102,3 +102,13 @@ def test_config_loads_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", probe], check=True, cwd=CONFIGS[0].parents[1])
+
+
+def test_format_and_options_of_data_go_by_split() -> None:
+    data = load_config(
+        None, ["data.format={test: slake}", "data.options={test: {language: both}}"]
+    ).data
+    assert data.format == {"test": "slake"}
+    assert data.options == {"test": {"language": "both"}}
+    with pytest.raises(ConfigError, match="data.options"):
+        load_config(None, ["data.options={tset: {language: both}}"])

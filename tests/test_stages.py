@@ -193,3 +193,29 @@ def test_the_merge_runs_on_the_gpu_where_it_fits(free, device, monkeypatch, capl
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 1.1 * 2**30), 80 * 2**30))
     assert merge_device(2 * 2**30) == torch.device(device)
     assert ("1.9" in caplog.text or "2.1 GiB" in caplog.text) == (device == "cpu")
+
+
+def test_a_split_s_format_and_options_reach_its_loader(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from mmedx_fast.config import load_config
+    from mmedx_fast.stages.context import Context
+
+    row = {"img_id": 1, "img_name": "x/source.jpg", "answer": "Yes", "location": "Abdomen",
+           "modality": "CT", "answer_type": "CLOSED", "base_type": "vqa", "content_type": "Organ",
+           "triple": ["vhead", "_", "_"]}  # fmt: skip
+    rows = [
+        row | {"qid": 1, "question": "Is the liver visible?", "q_lang": "en"},
+        row | {"qid": 2, "question": "图中有肝脏吗?", "answer": "有", "q_lang": "zh"},
+    ]
+    (tmp_path / "imgs" / "x").mkdir(parents=True)
+    (tmp_path / "imgs" / "x" / "source.jpg").write_bytes(b"not opened")
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+
+    def loaded(*overrides: str) -> list[str]:
+        cfg = load_config(None, ["data.format={test: slake}", *overrides])
+        ctx = SimpleNamespace(cfg=cfg, _note_rejected=lambda *_: None)
+        return [r.question for r in Context._load(ctx, str(tmp_path), "test")]
+
+    assert loaded() == ["Is the liver visible?"]
+    assert len(loaded("data.options={test: {language: both}}")) == 2

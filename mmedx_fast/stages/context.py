@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedx_fast import ranks
-from mmedx_fast.config import Config, ConfigError
+from mmedx_fast.config import Config, ConfigError, SplitName
 from mmedx_fast.data.images import ImageError
 from mmedx_fast.data.loaders import Rejected, assert_disjoint, load_records
 from mmedx_fast.data.phantom import write_phantom
@@ -186,7 +186,7 @@ class Context:
         assert_disjoint(found["train"], found["test"])
         return found
 
-    def _load(self, source: str, split: str) -> list[Record]:
+    def _load(self, source: str, split: SplitName) -> list[Record]:
         phantom = self.cfg.phantom
         folder = Path(source)
         if source == "phantom":
@@ -199,11 +199,14 @@ class Context:
             )
         elif not folder.exists():
             raise ConfigError(f"data.{split} = {source}: there is no such file or folder")
+        data = self.cfg.data
+        named = data.format.get(split) if isinstance(data.format, dict) else data.format
         result = load_records(
             folder,
             split=split,
-            format=None if source == "phantom" else self.cfg.data.format,
-            limit=self.cfg.data.limit,
+            format=None if source == "phantom" else named,
+            options=data.options.get(split),
+            limit=data.limit,
         )
         LOG.info("%s: %s", split, result.summary())
         LOG.info("%s: specialties %s", split, dict(Counter(r.specialty for r in result.records)))
