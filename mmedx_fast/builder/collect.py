@@ -41,6 +41,8 @@ class Outcome:
 
     candidate: Candidate
     guidelines: tuple[str, ...]
+    """Those of the present wave."""
+    earlier: tuple[str, ...] = ()
     traces: dict[str, Trace] = dataclasses.field(default_factory=dict)
     dropped: list[Dropped] = dataclasses.field(default_factory=list)
     missing: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -88,12 +90,12 @@ class Collector:
             unasked = [candidate for candidate in pool if not self._was_asked(candidate)]
             pool = [candidate for candidate in pool if self._was_asked(candidate)]
         outcomes: list[Outcome] = []
-        while wave := self._next_wave(pool, outcomes, limit):
+        while wave := self._further(outcomes) or self._next(pool, outcomes, limit):
             taken = {outcome.candidate.record.id for outcome in wave}
             pool = [candidate for candidate in pool if candidate.record.id not in taken]
             for attempt in range(self._cfg.teacher.attempts):
                 self._round(wave, attempt)
-            outcomes += wave
+            outcomes += [outcome for outcome in wave if not outcome.earlier]
         outcomes.sort(key=lambda outcome: order[outcome.candidate.record.id])
         left = sorted(pool + unasked, key=lambda candidate: order[candidate.record.id])
         return Collected(outcomes, left)
@@ -106,34 +108,51 @@ class Collector:
             ask_of(candidate, g, 0, self._cfg).key in self._journal for g in self._cfg.guidelines
         )
 
-    def _next_wave(
+    def _further(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Kept questions to ask under a further guideline, whose number their first wave left open."""
+        traces = self._traces(outcomes)
+        wave = []
+        for outcome in filter(self.kept, outcomes):
+            asked = outcome.earlier + outcome.guidelines
+            more = tuple(g for g in self._wanted(traces) if g not in asked)
+            if more:
+                traces.update(more)
+                outcome.earlier, outcome.guidelines = asked, more
+                wave.append(outcome)
+        return wave
+
+    def _next(
         self, pool: Sequence[Candidate], outcomes: Sequence[Outcome], limit: int | None
     ) -> list[Outcome]:
-        """As many questions as would meet the numbers if all of their traces passed."""
+        """As many new questions as would meet the numbers if all of their traces passed."""
         kept = [outcome for outcome in outcomes if self.kept(outcome)]
         questions = collections.Counter(o.candidate.record.specialty for o in kept)
-        traces = collections.Counter(g for outcome in kept for g in outcome.traces)
-        wanted = self._cfg.balance
+        traces = self._traces(outcomes)
+        numbers = self._cfg.balance.questions
         room = len(pool) if limit is None else max(0, limit - len(outcomes))
         wave: list[Outcome] = []
         for candidate in pool:
-            if len(wave) == room:
+            wanted = self._wanted(traces)
+            # A question that cannot be kept is not worth its price.
+            if len(wave) == room or len(wanted) < self._cfg.min_guidelines:
                 break
             specialty = candidate.record.specialty or ""
-            if questions[specialty] >= wanted.questions.get(specialty, len(pool) + len(outcomes)):
+            if specialty in numbers and questions[specialty] >= numbers[specialty]:
                 continue
-            missing = tuple(
-                g
-                for g in self._cfg.guidelines
-                if g not in wanted.traces or traces[g] < wanted.traces[g]
-            )
-            # A question that cannot be kept any more is not worth its price.
-            if len(missing) < self._cfg.min_guidelines:
-                break
             questions[specialty] += 1
-            traces.update(missing)
-            wave.append(Outcome(candidate, missing))
+            traces.update(wanted)
+            wave.append(Outcome(candidate, wanted))
         return wave
+
+    def _traces(self, outcomes: Sequence[Outcome]) -> collections.Counter[str]:
+        """Kept traces by guideline."""
+        return collections.Counter(g for o in outcomes if self.kept(o) for g in o.traces)
+
+    def _wanted(self, traces: collections.Counter[str]) -> tuple[str, ...]:
+        """Guidelines of which there are too few."""
+        numbers = self._cfg.balance.traces
+        names = self._cfg.guidelines
+        return tuple(g for g in names if g not in numbers or traces[g] < numbers[g])
 
     def _round(self, wave: Sequence[Outcome], attempt: int) -> None:
         """Ask what has no trace yet, then judge all answers in the order of the questions."""

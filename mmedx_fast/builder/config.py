@@ -160,6 +160,8 @@ class FilterConfig(Section):
 
     min_adherence: float = Field(0.75, ge=0, le=1)
     """Share of the guideline's criteria; 0 keeps traces that fail its gates too."""
+    stated_findings: bool = True
+    """What a trace says that an image shows counts as a finding, beside the question text's and the row's."""
     min_words: int = Field(15, ge=1)
     max_words: int = Field(600, ge=1)
 
@@ -178,8 +180,9 @@ class MatchConfig(Section):
     """Any of them suffices. ``image_and_text``: an image is near-identical and the text similar.
     ``long_text``: long question texts are near-identical. ``text_only``: neither has images and the
     texts are near-identical. ``text`` and ``image``: the one alone decides."""
-    image_distance: float = Field(0.15, ge=0, lt=0.5)
-    """Largest share of differing bits of the 1,024-bit perceptual hashes."""
+    image_distance: float = Field(0.18, ge=0, lt=0.5)
+    """Largest share of differing bits of the 1,024-bit perceptual hashes. Copies (half the size, JPEG at
+    quality 60, other colours) of small drawn films differ in up to 0.1, the two most alike of 200 in 0.195."""
     similar_text: float = Field(0.8, gt=0, le=1)
     """Smallest Jaccard similarity of word triples beside a matching image."""
     identical_text: float = Field(0.85, gt=0, le=1)

@@ -28,6 +28,7 @@ from mmedx_fast.builder.http_reply import TryAgain, check_status, read_reply
 from mmedx_fast.builder.prompt import teacher_messages
 from mmedx_fast.builder.teacher import (
     Ask,
+    BudgetError,
     Ledger,
     OnError,
     OnReply,
@@ -70,7 +71,7 @@ class OpenAITeacher:
         pass
 
     async def _ask_all(self, asks: Sequence[Ask], on_reply: OnReply, on_error: OnError) -> None:
-        self._stop = asyncio.Event()
+        self._stop, self._released = asyncio.Event(), asyncio.Event()
         self._failure: Exception | None = None
         self._interrupted = False
         self._failed_in_a_row = 0
@@ -152,13 +153,27 @@ class OpenAITeacher:
         return self._failed_in_a_row >= self._cfg.max_failures
 
     async def _paid(self, http: httpx.AsyncClient, ask: Ask) -> Reply:
-        reserved = self._ledger.reserve(ask)
+        reserved = await self._reserve(ask)
         try:
             reply = await self._answer(http, ask)
             self._ledger.add(reply)
             return reply
         finally:
             self._ledger.release(reserved)
+            self._released.set()
+
+    async def _reserve(self, ask: Ask) -> float:
+        """Money for a request, once those under way have shown what they really cost."""
+        while True:
+            try:
+                return self._ledger.reserve(ask)
+            except BudgetError:
+                if not self._ledger.under_way:
+                    raise
+            self._released.clear()
+            await self._released.wait()
+            if self._stop.is_set():
+                raise _Stopped
 
     async def _answer(self, http: httpx.AsyncClient, ask: Ask) -> Reply:
         """The reply to one request after as many tries as it takes and the config grants."""

@@ -206,18 +206,24 @@ class _TextIndex:
     """MinHash with banding: proposes texts whose word triples overlap by at least the threshold."""
 
     def __init__(self, cfg: MatchConfig) -> None:
-        from datasketch import MinHashLSH
-
         self._num_perm = cfg.num_perm
         # Below the threshold proper, since what it proposes is compared exactly and what it misses is lost.
-        self._lsh = MinHashLSH(threshold=0.85 * cfg.identical_text, num_perm=cfg.num_perm)
+        self._threshold = 0.85 * cfg.identical_text
+        self._lsh: Any = None
 
     def add(self, number: int, text: TextFeatures) -> None:
-        if text.whole:
-            self._lsh.insert(number, self._sketch(text))
+        if not text.whole:
+            return
+        if self._lsh is None:  # it takes a while to choose its bands, and most data has images
+            from datasketch import MinHashLSH
+
+            self._lsh = MinHashLSH(threshold=self._threshold, num_perm=self._num_perm)
+        self._lsh.insert(number, self._sketch(text))
 
     def find(self, text: TextFeatures) -> Sequence[int]:
-        return sorted(self._lsh.query(self._sketch(text))) if text.whole else []
+        if self._lsh is None or not text.whole:
+            return []
+        return sorted(self._lsh.query(self._sketch(text)))
 
     def _sketch(self, text: TextFeatures) -> Any:
         from datasketch import MinHash

@@ -127,6 +127,8 @@ class Ledger:
         self.tokens_in, self.tokens_out = spent["tokens_in"], spent["tokens_out"]
         self.replies, self.estimated = spent["replies"], spent["estimated"]
         self._reserved = 0.0
+        self.under_way = 0
+        """Requests that have something put aside."""
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:
         return (tokens_in * self._cfg.price_input + tokens_out * self._cfg.price_output) / 1_000_000
@@ -154,10 +156,12 @@ class Ledger:
                 "are there with --from-journal"
             )
         self._reserved += most
+        self.under_way += 1
         return most
 
     def release(self, reserved: float) -> None:
         self._reserved -= reserved
+        self.under_way -= 1
 
     def add(self, reply: Reply) -> None:
         self.tokens_in += reply.tokens_in

@@ -8,6 +8,9 @@ row         the MMedExpert row rules: no tag or control token inside, no other o
 leak        only when the answer was revealed: the trace does not mention that it was
 
 The first that fails is what a dropped trace is counted by; its evidence says how it failed.
+
+The guideline's criteria ask for findings, and those of an image stand in no question text. So the row's own
+column ``findings`` counts, and with ``stated_findings`` what the trace itself says that an image shows.
 """
 
 from __future__ import annotations
@@ -32,6 +35,16 @@ _LEAK = re.compile(
     r"|(?:I|we)\W+(?:was|were|am|are|have\W+been)\W+(?:told|given))\b",
     re.IGNORECASE,
 )
+
+
+_SHOWN = re.compile(
+    r"\b(?:images?|films?|scans?|slides?|photographs?|figures?|radiographs?|x-?rays?|ct|mri|ultrasound|oct"
+    r"|fundus|micrographs?|tomogra\w+|sonogra\w+|angiogra\w+|mammogra\w+|views?|pictures?|histolog\w+)\b"
+    r"[^.;:]*?\b(?:shows?|reveals?|demonstrates?|depicts?|displays?|exhibits?)\s+(?P<what>[^.;:]+)",
+    re.IGNORECASE,
+)
+_BETWEEN = re.compile(r",|\band\b|\bwith\b|\bas well as\b|\([^)]*\)", re.IGNORECASE)
+_MOST_WORDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +73,12 @@ def judge(
     if not format_ok(text):
         return dropped("format", tags=_tags(text))
     found = adherence(
-        trace, guideline, question=record.question, options=record.options, answer=predicted
+        trace,
+        guideline,
+        question=record.question,
+        options=record.options,
+        answer=predicted,
+        findings=(*_row_findings(record), *(stated_findings(trace) if cfg.stated_findings else ())),
     )
     if found.score < cfg.min_adherence:
         failed = [
@@ -75,6 +93,22 @@ def judge(
     if revealed and (leak := _LEAK.search(trace)):
         return dropped("leak", found.score, mention=leak.group())
     return Verdict(None, trace, found.score, {"words": count})
+
+
+def stated_findings(trace: str) -> tuple[str, ...]:
+    """What a trace says that an image shows, in phrases of at most five words: "the film shows a lobar
+    opacity and clear apices" states two."""
+    phrases = [
+        phrase.strip(" \n\"'")
+        for shown in _SHOWN.finditer(trace)
+        for phrase in _BETWEEN.split(shown["what"])
+    ]
+    return tuple(dict.fromkeys(p for p in phrases if 0 < len(p.split()) <= _MOST_WORDS))
+
+
+def _row_findings(record: Record) -> tuple[str, ...]:
+    found = record.meta.get("findings", record.meta.get("finding", ()))
+    return (found,) if isinstance(found, str) else tuple(map(str, found or ()))
 
 
 def _tags(text: str) -> dict[str, int]:

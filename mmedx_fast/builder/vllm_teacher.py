@@ -12,6 +12,7 @@ from mmedx_fast.builder.config import TeacherConfig
 from mmedx_fast.builder.prompt import teacher_messages
 from mmedx_fast.builder.teacher import (
     Ask,
+    BudgetError,
     Ledger,
     OnError,
     OnReply,
@@ -38,10 +39,11 @@ class VllmTeacher:
 
     def ask(self, asks: Sequence[Ask], on_reply: OnReply, on_error: OnError) -> None:
         for attempt, group in itertools.groupby(asks, key=lambda ask: ask.attempt):
-            same = list(group)
-            for start in range(0, len(same), self._cfg.vllm.batch):
-                batch = same[start : start + self._cfg.vllm.batch]
+            waiting = list(group)
+            while waiting:
+                batch = self._affordable(waiting[: self._cfg.vllm.batch])
                 self._ask_batch(batch, attempt, on_reply, on_error)
+                waiting = waiting[len(batch) :]
 
     def describe(self) -> dict[str, Any]:
         return {"engine": "vllm in process"}
@@ -51,6 +53,19 @@ class VllmTeacher:
             self._engine.close()
             self._engine = None
 
+    def _affordable(self, asks: Sequence[Ask]) -> Sequence[Ask]:
+        """As many from the first on as the budget holds together. Raises ``BudgetError`` for none."""
+        reserved: list[float] = []
+        try:
+            for ask in asks:
+                reserved.append(self._ledger.reserve(ask))
+        except BudgetError:
+            if not reserved:
+                raise
+        for amount in reserved:
+            self._ledger.release(amount)
+        return asks[: len(reserved)]
+
     def _ask_batch(
         self, asks: Sequence[Ask], attempt: int, on_reply: OnReply, on_error: OnError
     ) -> None:
@@ -58,7 +73,6 @@ class VllmTeacher:
         from mmedx_fast.rollout import Sampling
 
         engine = self._started()
-        reserved = sum(self._ledger.reserve(ask) for ask in asks)
         ready: list[tuple[Ask, Question]] = []
         questions: dict[str, Question] = {}
         for ask in asks:
@@ -82,7 +96,6 @@ class VllmTeacher:
         requests = [(question, ask.guideline) for ask, question in ready]
         rollouts = engine.generate_requests(requests, sampling) if requests else []
         seconds = (time.monotonic() - start) / max(1, len(rollouts))
-        self._ledger.release(reserved)
         for (ask, _), rollout in zip(ready, rollouts, strict=True):
             reply = self._reply(rollout, seconds)
             self._ledger.add(reply)
