@@ -109,6 +109,7 @@ def test_every_question_under_every_guideline(source, server, tmp_path):
     assert sheet["teacher"]["tokens_in"] == 4800 and sheet["teacher"]["tokens_out"] == 1920
     assert sheet["teacher"]["cost"] == pytest.approx(4.8 + 19.2)
     assert sheet["counts"]["license"] == {"Apache-2.0": 12}
+    assert sheet["counts"]["source"] == {"clinic": 12}
     assert set(server.asked.values()) == {1} and 1 < server.most_busy <= 4
     # A second build asks nothing and gives the same.
     before = files(tmp_path / "out")

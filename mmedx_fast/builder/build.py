@@ -170,7 +170,7 @@ def _write(
         "funnel": _question_funnel(found, len(collected.outcomes))
         + [["no trace passed", len(collected.outcomes) - len(kept)], ["kept", len(kept)]],
         "traces": _trace_counts(collected, kept),
-        "counts": _counts(records),
+        "counts": _counts(records, [outcome.candidate.source for outcome in kept]),
         "dropped_by_source": _by_source(dropped),
         "teacher": _teacher_sheet(cfg, ledger, teacher),
         "settings": _settings(cfg),
@@ -274,11 +274,11 @@ def _trace_counts(collected: Collected, kept: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def _counts(records: list[Record]) -> dict[str, dict[str, int]]:
+def _counts(records: list[Record], sources: list[str]) -> dict[str, dict[str, int]]:
     by_specialty = count_by(records, lambda record: record.specialty)
     return {
         "specialty": {name: by_specialty.get(name, 0) for name in SPECIALTIES},
-        "source": count_by(records, lambda record: record.meta.get("source")),
+        "source": count_by(sources, str),
         "license": count_by(records, lambda record: record.meta.get("license")),
         "dataset": count_by(records, lambda record: record.dataset),
         "answer_type": count_by(records, lambda record: record.answer_type),
