@@ -38,10 +38,7 @@ class TeacherServer:
         self.times: list[float] = []
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self.http.daemon_threads = True
-        self.http.handle_error = lambda *_: None  # type: ignore[method-assign]
-        self.http.owner = self  # type: ignore[attr-defined]
+        self.http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
 
     def reset(self) -> None:
@@ -60,7 +57,15 @@ class TeacherServer:
         return f"<think>\n{record.reasoning[guideline]}\n</think>\n<answer>{answer}</answer>"
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that are killed or give up are part of the tests."""
+
+
 class _Handler(BaseHTTPRequestHandler):
+    owner: TeacherServer
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet: two would wait for one another
     disable_nagle_algorithm = True
@@ -69,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self) -> None:
-        server: TeacherServer = self.server.owner
+        server = self.owner
         raw = self.rfile.read(int(self.headers["Content-Length"]))
         body, key = json.loads(raw), hashlib.sha256(raw).hexdigest()
         with server.lock:
