@@ -35,6 +35,8 @@ class DataSetConfig(Section):
     limit: int | None = Field(None, ge=1)
     """Read at most this many questions."""
     check_images: bool = True
+    options: dict[str, Any] = {}
+    """Choices that the format offers, such as ``{language: en}`` for SLAKE."""
 
 
 class SourceConfig(DataSetConfig):

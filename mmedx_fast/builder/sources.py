@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmedx_fast.builder.config import BuildConfig, DataSetConfig, SourceConfig
+from mmedx_fast.builder.config import BuildConfig, DataSetConfig, EvaluationConfig, SourceConfig
 from mmedx_fast.builder.features import ImageFeatures, ImageHasher, text_features
 from mmedx_fast.builder.matching import Item, Matcher
 from mmedx_fast.config import load_config
@@ -94,6 +94,9 @@ def read_questions(data: DataSetConfig) -> LoadResult:
         format=data.format,
         check_images=data.check_images,
         limit=data.limit,
+        options=data.options,
+        # Test questions whose answers are secret are to be kept out of the training data all the same.
+        allow_unanswered=isinstance(data, EvaluationConfig),
     )
 
 
@@ -192,11 +195,13 @@ def _evaluation_sets(
             yield name, {"name": name, "questions": len(records), "phantom": recipe}, records
         else:
             sets.append(
-                DataSetConfig(name=name, path=run.data.test, split="test", format=run.data.format)
+                EvaluationConfig(
+                    name=name, path=run.data.test, split="test", format=run.data.format
+                )
             )
         for extra, where in getattr(run.eval, "sets", {}).items():
             sets.append(
-                DataSetConfig(
+                EvaluationConfig(
                     name=f"{Path(path).stem}.{extra}",
                     path=where.path,
                     split=where.split,
