@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mmedx_fast.cli_build import add_build
+
 
 def add_data(commands: Any) -> None:
     """Add the group ``data`` to the commands of ``mmedx`` (an argparse sub-parsers action)."""
@@ -12,6 +14,7 @@ def add_data(commands: Any) -> None:
     group = commands.add_parser("data", help=text, description=text)
     subparsers = group.add_subparsers(required=True, metavar="COMMAND")
     add_inspect(subparsers)
+    add_build(subparsers)
 
 
 def add_inspect(subparsers: Any) -> None:

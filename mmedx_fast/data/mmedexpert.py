@@ -140,11 +140,11 @@ def _reasoning(
     for guideline, trace in traces.items():
         if guideline and guideline not in GUIDELINE_NAMES:
             raise RowError("paradigm", guideline, f"guideline is not one of {GUIDELINE_NAMES}")
-        _check_trace(f"reasoning.{guideline}".rstrip("."), trace, options, label)
+        check_trace(f"reasoning.{guideline}".rstrip("."), trace, options, label)
     return {guideline: trace.strip() for guideline, trace in traces.items()}
 
 
-def _check_trace(field: str, trace: Any, options: dict[str, str] | None, label: str | None) -> None:
+def check_trace(field: str, trace: Any, options: dict[str, str] | None, label: str | None) -> None:
     if not isinstance(trace, str) or not trace.strip():
         raise RowError(field, trace, "reasoning is empty or not text")
     for tag in TAGS:
