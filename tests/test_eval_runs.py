@@ -29,6 +29,7 @@ from tests._canned import CannedEngine
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 SMALL = ["phantom.train=20", "phantom.validation=20", "phantom.test=20", "eval.chunk_size=7"]
+SMALL += ["data.max_prompt_length=400"]
 EVIL = "</script><script>alert('x')</script><!-- <b onload=\"y\"> \u2028 {0} %s"
 
 
@@ -175,8 +176,7 @@ def test_any_data_without_a_run(
     assert cli.main(command) == 0 and len(engine.asked) == asked
     assert cli.main([*command, "eval.num_samples=2"]) == 2
     assert "--out" in capsys.readouterr().err
-    assert cli.main([*command[:4], str(tmp_path / "limited"), *command[6:], "--limit", "2"]) == 2
-    capsys.readouterr()
+    assert cli.main([*command, "--limit", "2"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_a_page_of_many_answers_is_a_fixed_sample_and_says_so(page: Path, tmp_pa
     assert "14 of 62 answers" in text and "other 48 are in predictions.jsonl" in text
     assert "&lt;b&gt;" in text and "T &lt;i&gt;" in text and "<b>" not in text.split("<script")[0]
     # The same questions whatever the order of the file, and counts of all of them.
-    lines = predictions.read_text().splitlines(keepends=True)
+    lines = predictions.read_text().splitlines(keepends=True)  # whatever a text's own line ends
     other = tmp_path / "other.jsonl"
     other.write_text("".join(reversed(lines)))
     write_browser(tmp_path / "other.html", "T", [Source("a", "evil", other)], 7, 3)

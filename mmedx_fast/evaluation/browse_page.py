@@ -15,6 +15,7 @@ _CSS = """
 form { display: flex; flex-wrap: wrap; gap: 10px 14px; margin: 18px 0 8px; align-items: end; }
 form label { display: flex; flex-direction: column; font-size: 0.8rem; color: var(--muted); gap: 3px; }
 form label.wide { flex: 1 1 220px; }
+form label[hidden] { display: none; }
 select, input, button { font: inherit; font-size: 0.92rem; color: var(--ink); background: var(--card);
   border: 1px solid var(--line); border-radius: 7px; padding: 6px 9px; }
 button { cursor: pointer; }

@@ -19,6 +19,8 @@ from mmedx_fast.atomic import disk_guard
 
 Kind = Literal["row", "reject"]
 _HEAD = "head"
+_LINE_ENDS = "\x85\u2028\u2029"
+"""What JSON leaves as it is and ``str.splitlines`` ends a line at."""
 
 
 class JournalError(ValueError):
@@ -82,7 +84,10 @@ class Journal:
         self._file.close()
 
     def _write(self, kind: str, number: int, value: dict[str, Any]) -> None:
-        rest = f"{kind} {number} {json.dumps(value, ensure_ascii=False)}".encode()
+        text = json.dumps(value, ensure_ascii=False)
+        for mark in _LINE_ENDS:
+            text = text.replace(mark, f"\\u{ord(mark):04x}")
+        rest = f"{kind} {number} {text}".encode()
         with disk_guard(self.path):
             self._file.write(b"%08x %s\n" % (zlib.crc32(rest), rest))
 

@@ -42,6 +42,7 @@ from mmedx_fast.stages.rollouts import own_share
 
 __all__ = ["ask", "eval_sets", "eval_stage", "model_names", "run_eval", "serve", "summarise"]
 LOG = logging.getLogger(__name__)
+PAGE = "eval/predictions.html"
 OWN = "test"
 """The name of the run's own test set."""
 
@@ -111,8 +112,13 @@ def run_eval(
                 _evaluate(ctx, stage, model, chosen, serve_first=not served)
                 served = worked = True
             results[f"{model}/{name}" if ctx.cfg.eval.sets else model] = stage.result()
-    if worked:
-        ranks.main_only(lambda: write_page(ctx) and None)
+    page = ctx.run.path / PAGE
+
+    def show() -> None:
+        if worked or not page.exists():
+            write_page(ctx, page)
+
+    ranks.main_only(show)
     return results
 
 
@@ -253,9 +259,8 @@ def place(ctx: Context, model: str, set_name: str | None = None) -> str:
     return f"eval/{model}/{set_name or next(iter(sets))}" if sets else f"eval/{model}"
 
 
-def write_page(ctx: Context) -> Path | None:
-    """``eval/predictions.html`` over everything that this run has evaluated; None where ``eval.browse_rows`` is 0
-    or nothing was."""
+def write_page(ctx: Context, page: Path) -> None:
+    """One page over everything that this run has evaluated, unless ``eval.browse_rows`` is 0."""
     from mmedx_fast.evaluation.browse import Source, write_browser
 
     settings = ctx.cfg.eval
@@ -265,10 +270,6 @@ def write_page(ctx: Context) -> Path | None:
         for name, chosen in eval_sets(ctx).items()
         if (path := ctx.run.path / place(ctx, model, name) / PREDICTIONS).is_file()
     ]
-    if not sources or not settings.browse_rows:
-        return None
-    page = ctx.run.path / "eval" / "predictions.html"
-    write_browser(
-        page, f"Run {ctx.cfg.name}", sources, settings.browse_rows, settings.browse_images
-    )
-    return page
+    if sources and settings.browse_rows:
+        title = f"Run {ctx.cfg.name}"
+        write_browser(page, title, sources, settings.browse_rows, settings.browse_images)
