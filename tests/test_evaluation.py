@@ -85,7 +85,7 @@ def test_a_vote_is_the_most_given_answer_then_the_most_confident_then_the_first(
     assert found.votes == counts and found.tie == (len(top) > 1)
     assert found.predicted == min(best, key=said.index)
     own = [i for i, a in enumerate(said) if a == found.predicted]
-    assert found.index in own and sure[found.index] == max(sure[i] for i in own)
+    assert found.chosen in own and sure[found.chosen] == max(sure[i] for i in own)
 
 
 def test_a_vote_needs_answers() -> None:
@@ -295,7 +295,7 @@ def test_samples_vote_and_every_figure_is_that_of_its_definition(
         vote = majority_vote(said, [s["logprob"] for s in row["samples"]])
         assert row["predicted"] == row["vote"]["predicted"] == vote.predicted
         assert row["correct"] == row["vote"]["correct"] == (vote.predicted == row["answer_label"])
-        assert row["completion"] == row["samples"][vote.index]["completion"]
+        assert row["completion"] == row["samples"][vote.chosen]["completion"]
         assert row["guideline"] == "each" and row["set"] == "mine"
         assert row["tokens"] == sum(s["tokens"] for s in row["samples"])
         assert row["meta"] == {"body_system": row["meta"]["body_system"]}

@@ -51,7 +51,7 @@ def prediction_row(
     chosen, vote = answers[0], None
     if len(answers) > 1:
         found = majority_vote([a["predicted"] for a in answers], [a["logprob"] for a in answers])
-        chosen = answers[found.index]
+        chosen = answers[found.chosen]
         vote = {
             "predicted": found.predicted,
             "votes": found.votes,

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 class Vote(NamedTuple):
     """``predicted``: the answer most given, None if none could be read; ``votes``: how often each was given;
-    ``tie``: whether others were given as often; ``index``: the answer that stands for the vote."""
+    ``tie``: whether others were given as often; ``chosen``: the number of the answer that stands for the vote."""
 
     predicted: str | None
     votes: dict[str, int]
     tie: bool
-    index: int
+    chosen: int
 
 
 def majority_vote(predicted: Sequence[str | None], confidence: Sequence[float]) -> Vote:
