@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from mmedx_fast.config import ConfigError, EvalSetConfig
-from mmedx_fast.data.loaders import Rejected, load_records
+from mmedx_fast.data.loaders import Rejected, iter_records
 from mmedx_fast.data.records import Record
 
 OnRejected = Callable[[Rejected], None]
@@ -47,32 +46,15 @@ def configured_set(
         raise ConfigError(f"eval set {name}: path = {folder}: there is no such file or folder")
 
     def records(on_rejected: OnRejected | None) -> Iterator[Record]:
-        return stream_records(
-            folder,
-            split=settings.split,
-            format=settings.format,
-            options=settings.options,
-            limit=settings.limit,
-            on_rejected=on_rejected,
+        return iter(
+            iter_records(
+                folder,
+                split=settings.split,
+                format=settings.format,
+                options=settings.options,
+                limit=settings.limit,
+                on_rejected=on_rejected,
+            )
         )
 
     return EvalSet(name, records, f"{where} {settings.model_dump_json()}")
-
-
-def stream_records(
-    path: Path,
-    *,
-    split: str,
-    format: str | None,
-    options: Mapping[str, Any],
-    limit: int | None,
-    on_rejected: OnRejected | None,
-) -> Iterator[Record]:
-    """The rows of a split that its loader accepts, one at a time; the others go to ``on_rejected``."""
-    if options:
-        raise ConfigError(f"{path}: its loader takes no options, got {sorted(options)}")
-    result = load_records(path, split=split, format=format, limit=limit)
-    for row in result.rejected if on_rejected else ():
-        assert on_rejected is not None
-        on_rejected(row)
-    yield from result.records
