@@ -72,7 +72,8 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k_samples(n: int) -> None:
 def test_a_vote_is_the_most_given_answer_then_the_most_confident_then_the_first(
     answers: list[tuple[str | None, int]],
 ) -> None:
-    said, sure = [a for a, _ in answers], [float(c) for _, c in answers]
+    said = [a for a, _ in answers]
+    sure: list[float] = [float(c) for _, c in answers]
     found = majority_vote(said, sure)
     read = [a for a in said if a is not None]
     if not read:
