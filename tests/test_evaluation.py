@@ -90,7 +90,8 @@ def test_a_vote_is_the_most_given_answer_then_the_most_confident_then_the_first(
 
 
 def test_a_vote_needs_answers() -> None:
-    for said, sure in (([], []), (["A"], [])):
+    cases: list[tuple[list[str | None], list[float]]] = [([], []), (["A"], [])]
+    for said, sure in cases:
         with pytest.raises(ValueError, match="at least one"):
             majority_vote(said, sure)
 
