@@ -61,7 +61,7 @@ def evaluate(
     return out, result
 
 
-def _evaluate(ctx: _Single, name: str, adapter: Path | None) -> dict[str, Any]:
+def _evaluate(ctx: Context, name: str, adapter: Path | None) -> dict[str, Any]:
     chosen = ctx.eval_sets[name]
     folder = ctx.run.path
     fingerprint = asked_fingerprint(ctx.cfg, chosen) + _weights(adapter or ctx.model_path)
