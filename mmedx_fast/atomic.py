@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 TEMP = ".mmedx-tmp."
 _OLD = ".mmedx-old."
@@ -53,6 +53,27 @@ def write_bytes(path: Path, data: bytes) -> None:
         with disk_guard(path, len(data)):
             with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
                 file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp, path)
+            _sync_dir(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temp)
+        raise
+
+
+@contextlib.contextmanager
+def write_stream(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write piece by piece; on a clean exit it replaces ``path``, on any other nothing is
+    left of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = _sibling(path, TEMP)
+    try:
+        with disk_guard(path):
+            with open(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temp, path)

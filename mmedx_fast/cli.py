@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         ("gba", _gba, "Reinforcement learning under the clinical guidelines"),
         ("conflicts", _conflicts, "Measure how the experts and the RL model conflict"),
         ("merge", _merge, "Merge the experts and the RL model"),
-        ("eval", _eval, "Evaluate base, experts, RL and merged model"),
+        ("eval", _eval, "Evaluate a run's models, or any model on any data set"),
         ("report", _report, "Write report.html and summary.json of a run"),
         ("plan", _plan, "Tokens, memory and GPU hours of a run, before it starts"),
     ):
@@ -104,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("dsa", "eval"):
             what = "specialty" if name == "dsa" else "model"
             sub.add_argument("--only", action="append", metavar=what.upper(), help=f"one {what}")
+        if name == "eval":
+            from mmedx_fast.cli_eval import add_arguments
+
+            add_arguments(sub)
         if name in ("dsa", "gba"):
             sub.add_argument(
                 "--plan", action="store_true", help="show the first step's packed rows and stop"
@@ -262,17 +266,9 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    def work(ctx: Context) -> None:
-        from mmedx_fast.stages.evaluate import model_names, run_eval
+    from mmedx_fast.cli_eval import run
 
-        run_eval(ctx, _only(options, tuple(model_names(ctx))))
-
-    def show(ctx: Context, _: None) -> None:
-        from mmedx_fast.pipeline import headline, write_summary
-
-        print(headline(write_summary(ctx)))
-
-    return _in_context(options, work, show)
+    return run(options, _prepared, _in_context)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -332,12 +328,19 @@ def _phantom(options: argparse.Namespace) -> int:
 
 
 def _only(options: argparse.Namespace, known: tuple[str, ...]) -> tuple[str, ...]:
+    return chosen_names("--only", options.only, known)
+
+
+def chosen_names(
+    option: str, given: Sequence[str] | None, known: tuple[str, ...]
+) -> tuple[str, ...]:
+    """What an option was given, once or more often, among the names it knows; without it all of them."""
     from mmedx_fast.config import ConfigError
 
-    for name in options.only or ():
+    for name in given or ():
         if name not in known:
-            raise ConfigError(f"--only {name}: choose from {', '.join(known)}")
-    return tuple(options.only) if options.only else known
+            raise ConfigError(f"{option} {name}: choose from {', '.join(known)}")
+    return tuple(given) if given else known
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

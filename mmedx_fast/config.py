@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,6 +22,9 @@ HOW = (
     "model.gradient_checkpointing",
     "model.offline",
     "dsa.save_steps",
+    "eval.browse_images",
+    "eval.browse_rows",
+    "eval.chunk_size",
     "gba.save_steps",
     "gba.max_row_tokens",
     "gba.max_response_tokens",
@@ -40,6 +44,16 @@ HOW = (
 )
 """Settings of memory, machines and patience: another value changes results by rounding at most, so that a run
 that met the limits of its machine goes on with it instead of beginning again."""
+
+LATER = (
+    "eval.num_samples",
+    "eval.prompt",
+    "eval.sets",
+    "eval.temperature",
+    "eval.top_p",
+)
+"""Settings that runs made before them do not have: at their defaults they are left out of fingerprints, so that
+what those runs finished still counts."""
 
 
 class ConfigError(ValueError):
@@ -352,12 +366,46 @@ class CaciConfig(Section):
         return self
 
 
+class EvalSetConfig(Section):
+    """One data set to evaluate on."""
+
+    path: str
+    """A folder or file in a supported format, or ``phantom``."""
+    split: str = "test"
+    format: str | None = None
+    """Format name; null detects it."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What the format's loader takes beside path and split."""
+    limit: int | None = Field(None, ge=1)
+    """Only the first this many questions."""
+
+
 class EvalConfig(Section):
     models: tuple[str, ...] = ("base", "experts", "rl_start", "rl", "merged")
+    sets: dict[str, EvalSetConfig] = Field(default_factory=dict)
+    """Name -> data set; results go to ``eval/<model>/<name>``, and the first set is the one that summary and
+    report show first. Empty: the run's own test set, in ``eval/<model>``."""
+    prompt: Literal["train", "medevalkit"] = "train"
+    """``train`` is the template that the model is trained with; ``medevalkit`` asks as MedEvalKit does (no
+    guideline, no tags), so that results can be put beside those of other papers."""
     guideline: str | None = None
-    """Ask every question under this guideline; null takes ``guidelines`` in turn by question."""
+    """Ask every question under this guideline; null takes ``guidelines`` in turn by question, ``each`` asks every
+    question under all of them and lets the answers vote, ``none`` asks without one."""
+    num_samples: int = Field(1, ge=1, le=1024)
+    """Answers per question and guideline: 1 decodes greedily, more are sampled and vote."""
+    temperature: float = Field(0.7, ge=0.01, le=2)
+    """Of the samples, where there are several."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample among the most probable tokens that together have this probability."""
     max_completion_length: int = Field(512, ge=1)
+    chunk_size: int = Field(512, ge=1)
+    """Questions whose images are in memory at a time, and after which what was answered is on disk."""
     samples_in_report: int = Field(8, ge=0)
+    browse_rows: int = Field(2000, ge=0)
+    """Answers in the page of right and wrong answers, shared evenly by models and sets (a fixed sample of
+    longer sets); 0 writes no page."""
+    browse_images: int = Field(200, ge=0)
+    """Questions of that page whose images are in it."""
 
     @field_validator("models")
     @classmethod
@@ -368,8 +416,27 @@ class EvalConfig(Section):
     @classmethod
     def _guideline(cls, value: str | None) -> str | None:
         if value is not None:
-            _known_names((value,), GUIDELINE_NAMES)
+            _known_names((value,), (*GUIDELINE_NAMES, "each", "none"))
         return value
+
+    @field_validator("sets")
+    @classmethod
+    def _set_names(cls, value: dict[str, EvalSetConfig]) -> dict[str, EvalSetConfig]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or ".old-" in name:
+                raise ValueError(
+                    f"a set's name becomes a folder: letters, digits and ._- only, not {name!r}"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _parity(self) -> EvalConfig:
+        if self.prompt == "medevalkit" and self.guideline not in (None, "none"):
+            raise ValueError(
+                f"prompt = medevalkit asks without a guideline, guideline = {self.guideline} wants one: "
+                "leave guideline at null, or set prompt=train"
+            )
+        return self
 
 
 class Config(Section):
@@ -422,6 +489,12 @@ class Config(Section):
                 "gba.loss.importance_sampling_correction must correct: set it to token_truncate "
                 "(got none)"
             )
+        if self.rollout.engine == "server" and self.eval.num_samples > self.rollout.max_num_seqs:
+            raise ValueError(
+                f"eval.num_samples = {self.eval.num_samples} exceeds rollout.max_num_seqs = "
+                f"{self.rollout.max_num_seqs}: a server takes a question's samples only as long as they "
+                "can run together"
+            )
         if self.lora.r > self.rollout.max_lora_rank:
             raise ValueError(
                 f"lora.r = {self.lora.r} exceeds rollout.max_lora_rank = {self.rollout.max_lora_rank}"
@@ -429,14 +502,17 @@ class Config(Section):
         return self
 
     def fingerprint(self, *sections: str) -> str:
-        """A hash of the named sections, less :data:`HOW`: what a finished stage depends on."""
+        """A hash of the named sections, less :data:`HOW` and unused :data:`LATER`: what a finished stage
+        depends on."""
         data = self.model_dump(mode="json")
-        for name in HOW:
+        defaults = type(self)().model_dump(mode="json")
+        for name in (*HOW, *LATER):
             *parents, last = name.split(".")
-            node = data
+            node, default = data, defaults
             for parent in parents:
-                node = node[parent]
-            del node[last]
+                node, default = node[parent], default[parent]
+            if name in HOW or node[last] == default[last]:
+                del node[last]
         text = json.dumps({name: data[name] for name in sections}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -545,10 +621,14 @@ def _suggest(loc: tuple[int | str, ...]) -> str:
 
     model: Any = Config
     for part in loc[:-1]:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
+        fields = getattr(model, "model_fields", None)
+        if fields is None:  # a mapping's key or a list's index: on to what it holds
+            held = [item for item in get_args(model) if hasattr(item, "model_fields")]
+            model = held[0] if held else None
+            continue
+        if part not in fields:
             break
-        model = field.annotation
+        model = fields[part].annotation
     known = list(getattr(model, "model_fields", {}))
     close = difflib.get_close_matches(str(loc[-1]), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"

@@ -55,15 +55,20 @@ def _conclude(ctx: Context, echo: Echo) -> None:
 
 def write_summary(ctx: Context) -> dict[str, Any]:
     """Collect the finished stages' results into ``summary.json``."""
-    from mmedx_fast.stages.evaluate import model_names
+    from mmedx_fast.stages.evaluate import model_names, place
 
     run = ctx.run
-    evals = {name: run.peek(f"eval/{name}") for name in model_names(ctx)}
+    evals = {name: run.peek(place(ctx, name)) for name in model_names(ctx)}
     done = {name: result for name, result in evals.items() if result is not None}
     experts = {name: run.peek(f"dsa/{name}") for name in ctx.cfg.dsa.specialties}
     gba, caci = run.peek("gba") or {}, run.peek("caci") or {}
     stages = {"dsa": list(filter(None, experts.values())), "gba": [gba], "caci": [caci]}
-    stages["eval"] = list(done.values())
+    by_set = {
+        name: {model: run.peek(place(ctx, model, name)) for model in evals}
+        for name in ctx.cfg.eval.sets
+    }
+    stages["eval"] = [part for name in by_set for part in by_set[name].values() if part]
+    stages["eval"] = stages["eval"] or list(done.values())
     summary = {
         "name": ctx.cfg.name,
         "seed": ctx.cfg.seed,
@@ -98,8 +103,18 @@ def write_summary(ctx: Context) -> dict[str, Any]:
         "merge": {"chosen": caci.get("chosen"), "candidates": caci.get("candidates", [])},
         "versions": versions(),
     }
+    if by_set:
+        summary["sets"] = {
+            name: {model: _of_set(result) for model, result in results.items() if result}
+            for name, results in by_set.items()
+        }
     write_json(run.path / "summary.json", summary)
     return summary
+
+
+def _of_set(result: dict[str, Any]) -> dict[str, Any]:
+    """A model's figures on one of several sets, less those of the work."""
+    return {key: value for key, value in result.items() if key not in ("phases", "seconds")}
 
 
 def make_report(folder: Path) -> Path:
@@ -120,7 +135,22 @@ def versions() -> dict[str, str]:
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """The result table as text: accuracy in percent, macro-average last."""
+    """The result table as text: accuracy in percent, macro-average last; with several sets, a table of each."""
+    sets = summary.get("sets") or {}
+    if sets:
+        return "\n\n".join(
+            f"{name}\n{_table(_columns(found))}" for name, found in sets.items() if found
+        )
+    return _table(summary)
+
+
+def _columns(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of each model's figures, by key what :func:`write_summary` has by key."""
+    keys = ("macro_accuracy", "macro_interval", "accuracy")
+    return {key: {model: result[key] for model, result in found.items()} for key in keys}
+
+
+def _table(summary: dict[str, Any]) -> str:
     from mmedx_fast.cost import render_table
 
     specialties = list(next(iter(summary["accuracy"].values()), {}))

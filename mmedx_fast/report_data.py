@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,8 @@ from mmedx_fast.data.records import SPECIALTIES
 from mmedx_fast.metrics import read_metrics
 
 Rows = list[dict[str, Any]]
+_MOST_ROWS = 2000
+"""Predictions of a model that the report reads; evaluations may have 100,000."""
 _MEASURES = {
     "sign_conflict": ("sign_conflict", "sign_conflict_rate"),
     "weighted_sign_conflict": ("weighted_sign_conflict", "sign_conflict_weighted"),
@@ -78,13 +81,15 @@ def load_run(folder: Path) -> RunData:
     sft = {
         p.parent.name: attempt(p, read_metrics, []) for p in _found(folder, "dsa/*/metrics.jsonl")
     }
+    config = attempt(folder / "config.yaml", _read_yaml, {})
+    shown = _shown_set(config)
     predictions = {
-        p.parent.name: attempt(p, _read_predictions, [])
-        for p in _found(folder, "eval/*/predictions.jsonl")
+        p.relative_to(folder / "eval").parts[0]: attempt(p, _read_predictions, [])
+        for p in _found(folder, f"eval/*/{shown}predictions.jsonl")
     }
     return RunData(
         folder=folder,
-        config=attempt(folder / "config.yaml", _read_yaml, {}),
+        config=config,
         summary=attempt(folder / "summary.json", _read_object, {}),
         sft={name: sft[name] for name in sorted(sft, key=_rank) if sft[name]},
         rl=attempt(folder / "gba" / "metrics.jsonl", read_metrics, []),
@@ -129,7 +134,18 @@ def _rank(model: str) -> tuple[int, str]:
 
 def _found(folder: Path, pattern: str) -> list[Path]:
     # Folders of earlier settings (pediatrics.old-1) are history, not part of this run.
-    return [p for p in sorted(folder.glob(pattern)) if not re.search(r"\.old-\d+$", p.parent.name)]
+    return [
+        p
+        for p in sorted(folder.glob(pattern))
+        if not any(re.search(r"\.old-\d+$", part) for part in p.relative_to(folder).parts)
+    ]
+
+
+def _shown_set(config: dict[str, Any]) -> str:
+    """The folder, with its slash, of the evaluation set that the report shows; empty for the run's own."""
+    evaluation = config.get("eval")
+    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    return f"{next(iter(sets))}/" if isinstance(sets, dict) and sets else ""
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -147,18 +163,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_predictions(path: Path) -> Rows:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
-        if not isinstance(row, dict) or "id" not in row:
-            raise ValueError(f"line {number}: not an object with an 'id'")
-        rows.append(row)
+    """The first rows, which samples are chosen from."""
+    rows: Rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(itertools.islice(lines, _MOST_ROWS), start=1):
+            if line.strip():
+                rows.append(_prediction(line, number))
     return rows
+
+
+def _prediction(line: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
+    if not isinstance(row, dict) or "id" not in row:
+        raise ValueError(f"line {number}: not an object with an 'id'")
+    return row
 
 
 def _read_conflicts(path: Path) -> Conflicts:

@@ -45,9 +45,10 @@ def choose(predictions: dict[str, Rows], count: int) -> list[str]:
         shows[key] = pairs
     chosen: list[str] = []
     rest = list(by_id)
+    position = {key: number for number, key in enumerate(rest)}
     while rest and len(chosen) < count:
         best = max(
-            rest, key=lambda key: (len(shows[key] - wanted), len(shows[key]), -rest.index(key))
+            rest, key=lambda key: (len(shows[key] - wanted), len(shows[key]), -position[key])
         )
         if not shows[best] - wanted:
             wanted = set()  # everything was shown once: start over with what is left

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+_PICKS = 1 << 20
+"""Resampled values that are in memory at a time."""
+
 Values = Sequence[float] | npt.NDArray[np.floating] | npt.NDArray[np.bool_]
 
 
@@ -128,8 +131,12 @@ def macro_average(
     generator = np.random.default_rng(seed)
     means = np.zeros(_check_resamples(resamples))
     for array in arrays:
-        picks = generator.integers(0, array.size, (resamples, array.size))
-        means += array[picks].mean(axis=1)
+        # In blocks of rows: all picks of a large group at once would take gigabytes.
+        block = max(1, _PICKS // array.size)
+        for first in range(0, resamples, block):
+            rows = min(block, resamples - first)
+            picks = generator.integers(0, array.size, (rows, array.size))
+            means[first : first + rows] += array[picks].mean(axis=1)
     low, high = _percentiles(means / len(arrays), confidence)
     return Estimate(float(np.mean([array.mean() for array in arrays])), low, high)
 

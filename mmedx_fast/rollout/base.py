@@ -50,6 +50,9 @@ class Sampling:
     n: int = 1
     """Samples per request."""
     temperature: float = 1.0
+    top_p: float = 1.0
+    """Draw among the most probable tokens that together have this probability; log-probs are then those
+    among them. The trainer's log-probs know no such bound: 1 for rollouts to train on."""
     max_tokens: int = 512
     seed: int = 0
     greedy: bool = False
@@ -60,6 +63,8 @@ class Sampling:
             raise ValueError(f"n = {self.n} and max_tokens = {self.max_tokens} must be at least 1")
         if self.greedy and self.n != 1:
             raise ValueError(f"greedy sampling gives one answer, n = {self.n} asks for more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p} must lie in (0, 1]")
         # The range both engines take; below it logits overflow, above it vLLM refuses.
         if not 0.01 <= self.temperature <= 2.0:
             raise ValueError(f"temperature = {self.temperature} must lie in [0.01, 2]")
@@ -80,7 +85,7 @@ class Rollout:
     """Response tokens; the last is an end token exactly if ``finish_reason`` is "stop"."""
     logprobs: list[float] = dataclasses.field(repr=False)
     """Natural-log probability of each response token under the distribution it was drawn from:
-    softmax of logits / temperature, over all ids but the banned ones."""
+    softmax of logits / temperature, over all ids but the banned ones and those outside top_p."""
     finish_reason: Literal["stop", "length"]
     text: str
     """The response without special tokens."""

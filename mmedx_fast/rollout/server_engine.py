@@ -220,6 +220,7 @@ class ServerEngine(AsksByQuestion):
         params = {
             "n": sampling.n,
             "temperature": 0.0 if sampling.greedy else sampling.temperature,
+            "top_p": 1.0 if sampling.greedy else sampling.top_p,
             "max_tokens": sampling.max_tokens,
             "stop_token_ids": self.builder.stop_token_ids,
             # As in process: an exact mask, before the log-probs are taken.

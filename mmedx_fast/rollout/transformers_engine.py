@@ -214,6 +214,8 @@ class TransformersEngine(AsksByQuestion):
             tokens = logits.argmax(dim=-1)
         else:
             logprobs = (logits / sampling.temperature).log_softmax(dim=-1)
+            if sampling.top_p < 1:
+                logprobs = _nucleus(logprobs, sampling.top_p)
             # argmax(p / Exp(1)) is a draw from p (exponential race); one generator per sequence.
             noise = torch.empty(logprobs.shape, dtype=torch.float32)
             for row, item in zip(noise, live, strict=True):
@@ -346,3 +348,11 @@ class TransformersEngine(AsksByQuestion):
 
     def close(self) -> None:
         self._model = None
+
+
+def _nucleus(logprobs: Any, top_p: float) -> Any:
+    """Log-probs [B, V] among each row's most probable tokens that together reach ``top_p``; -inf elsewhere."""
+    ordered, ids = logprobs.sort(dim=-1, descending=True)
+    before = ordered.exp().cumsum(dim=-1) - ordered.exp()
+    kept = ordered.masked_fill(before >= top_p, float("-inf"))
+    return kept.gather(1, ids.argsort(dim=-1)).log_softmax(dim=-1)

@@ -298,6 +298,7 @@ class VllmEngine(AsksByQuestion):
         params = SamplingParams(
             n=sampling.n,
             temperature=0.0 if sampling.greedy else sampling.temperature,
+            top_p=1.0 if sampling.greedy else sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=None if sampling.greedy else seed,
             stop_token_ids=self.builder.stop_token_ids,

@@ -18,6 +18,9 @@ from mmedx_fast.data.images import ImageError
 from mmedx_fast.data.loaders import Rejected, assert_disjoint, load_records
 from mmedx_fast.data.phantom import write_phantom
 from mmedx_fast.data.records import Record
+from mmedx_fast.evaluation.chunks import unusable
+from mmedx_fast.evaluation.medevalkit import MedEvalKitPrompts
+from mmedx_fast.evaluation.sets import EvalSet, configured_set
 from mmedx_fast.progress import progress
 from mmedx_fast.prompts import PromptBuilder, PromptError, Question
 from mmedx_fast.rollout import BASE_VERSION, RolloutEngine, create_engine
@@ -83,7 +86,18 @@ class Context:
 
     @cached_property
     def builder(self) -> PromptBuilder:
-        return PromptBuilder.from_folder(
+        """Prompts to train on."""
+        return self._prompts(PromptBuilder)
+
+    @cached_property
+    def asking_builder(self) -> PromptBuilder:
+        """Prompts to evaluate with, by ``eval.prompt``."""
+        if self.cfg.eval.prompt == "medevalkit":
+            return self._prompts(MedEvalKitPrompts)
+        return self.builder
+
+    def _prompts(self, kind: type[PromptBuilder]) -> PromptBuilder:
+        return kind.from_folder(
             self.model_path,
             self.cfg.data,
             self.cfg.model.max_pixels,
@@ -144,9 +158,35 @@ class Context:
     @cached_property
     def max_images(self) -> int:
         splits = [self.records(name) for name in ("train", "validation", "test")]
-        return max((len(r.images) for records in splits for r in records), default=1) or 1
+        own = max((len(r.images) for records in splits for r in records), default=1)
+        return max(1, own, *(images for _, images in self.eval_sizes.values()))
 
     # -- data ------------------------------------------------------------------------------------
+
+    @cached_property
+    def eval_sets(self) -> dict[str, EvalSet]:
+        """The data sets of ``eval.sets``."""
+        sets, of_phantom = self.cfg.eval.sets, self.cfg.fingerprint("phantom")
+        return {name: configured_set(name, sets[name], self._phantom, of_phantom) for name in sets}
+
+    @cached_property
+    def eval_sizes(self) -> dict[str, tuple[int, int]]:
+        """(questions, most images of one) of each evaluation set; all of them are read for it.
+
+        Raises ValueError when one of their questions is trained on.
+        """
+        sizes = {}
+        for name, chosen in self.eval_sets.items():
+            seen = [0, 0]
+
+            def counted(chosen: EvalSet = chosen, seen: list[int] = seen) -> Iterator[Record]:
+                for record in chosen.records(None):
+                    seen[:] = [seen[0] + 1, max(seen[1], len(record.images))]
+                    yield record
+
+            assert_disjoint(self.records("train"), counted())
+            sizes[name] = (seen[0], seen[1])
+        return sizes
 
     def records(self, split: str) -> list[Record]:
         """The rows of ``train``, ``validation`` or ``test`` that their loader accepts."""
@@ -187,16 +227,9 @@ class Context:
         return found
 
     def _load(self, source: str, split: SplitName) -> list[Record]:
-        phantom = self.cfg.phantom
         folder = Path(source)
         if source == "phantom":
-            folder = write_phantom(
-                self.run.path / "data" / "phantom",
-                train=phantom.train,
-                validation=phantom.validation,
-                test=phantom.test,
-                seed=phantom.seed,
-            )
+            folder = self._phantom()
         elif not folder.exists():
             raise ConfigError(f"data.{split} = {source}: there is no such file or folder")
         data = self.cfg.data
@@ -213,21 +246,23 @@ class Context:
         self._note_rejected(split, result.rejected)
         return result.records
 
+    def _phantom(self) -> Path:
+        phantom = self.cfg.phantom
+        return write_phantom(
+            self.run.path / "data" / "phantom",
+            train=phantom.train,
+            validation=phantom.validation,
+            test=phantom.test,
+            seed=phantom.seed,
+        )
+
     def _usable(self, record: Record, split: str) -> Question | None:
         try:
             question = self.builder.question(record)
             for guideline in (None, *self.cfg.gba.guidelines):
                 question.prompt_ids(guideline)
         except (PromptError, ImageError) as error:
-            row = Rejected(
-                file=str(record.images[0]) if record.images else "",
-                row=0,
-                id=record.id,
-                field="images" if isinstance(error, ImageError) else "prompt",
-                value="",
-                reason=str(error),
-            )
-            self._note_rejected(split, [row])
+            self._note_rejected(split, [unusable(record, error)])
             return None
         return question
 

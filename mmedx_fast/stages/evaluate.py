@@ -1,33 +1,50 @@
-"""Evaluation: base, experts, RL model and merged model on every specialty, through the rollout engine.
+"""Evaluation: base, experts, RL model and merged model on the run's test set or on the sets of ``eval.sets``,
+through the rollout engine.
 
-Greedy decoding; strict answer extraction (nothing extracted is wrong). Unless ``eval.guideline`` names one,
-question i is asked under guideline i mod 4, so that adherence is measured for all four.
+Strict answer extraction (nothing extracted is wrong). Unless ``eval.guideline`` says otherwise, question i is
+asked under guideline i mod 4, so that adherence is measured for all four.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmedx_fast import ranks
-from mmedx_fast.data.records import GUIDELINE_NAMES
-from mmedx_fast.guidelines import adherence
+from mmedx_fast.config import Config
+from mmedx_fast.data.records import Record
+from mmedx_fast.evaluation.asking import Asking
+from mmedx_fast.evaluation.chunks import Questioner
+from mmedx_fast.evaluation.metrics import summarise
+from mmedx_fast.evaluation.results import (
+    JOURNAL,
+    METRICS,
+    PREDICTIONS,
+    NothingAnsweredError,
+    RejectedRows,
+    conclude,
+)
+from mmedx_fast.evaluation.rows import prediction_row
+from mmedx_fast.evaluation.sets import EvalSet, OnRejected
 from mmedx_fast.prompts import Question
-from mmedx_fast.rollout import BASE_VERSION, Rollout, Sampling
-from mmedx_fast.run_folder import Stage, write_json, write_text
-from mmedx_fast.scoring import extract_answer, format_ok, medevalkit_score, strict_score, think_text
+from mmedx_fast.rollout import BASE_VERSION, Rollout
+from mmedx_fast.run_folder import Stage, write_json
 from mmedx_fast.stages.caci import caci_stage, merged_model
 from mmedx_fast.stages.common import finish, is_done
-from mmedx_fast.stages.context import Context
+from mmedx_fast.stages.context import Context, StageError
 from mmedx_fast.stages.dsa import expert_adapter, expert_stage
 from mmedx_fast.stages.gba import gba_stage, rl_model
-from mmedx_fast.stages.rollouts import image_findings, own_share
-from mmedx_fast.stats import macro_average, wilson_interval
+from mmedx_fast.stages.rollouts import own_share
 
+__all__ = ["ask", "eval_sets", "eval_stage", "model_names", "run_eval", "serve", "summarise"]
 LOG = logging.getLogger(__name__)
+PAGE = "eval/predictions.html"
+OWN = "test"
+"""The name of the run's own test set."""
 
 
 def model_names(ctx: Context) -> list[str]:
@@ -38,8 +55,20 @@ def model_names(ctx: Context) -> list[str]:
     return names
 
 
-def eval_stage(ctx: Context, model: str) -> Stage:
-    """The model's place under ``eval/``; it depends on what made the model and on how it is asked."""
+def eval_sets(ctx: Context) -> dict[str, EvalSet]:
+    """The sets to evaluate on: those of ``eval.sets``, else the run's own test set."""
+    if ctx.cfg.eval.sets:
+        return ctx.eval_sets
+
+    def own(on_rejected: OnRejected | None) -> Iterator[Record]:
+        return iter(ctx.records(OWN))  # the context has noted what its loader refused
+
+    return {OWN: EvalSet(OWN, own, "")}
+
+
+def eval_stage(ctx: Context, model: str, chosen: EvalSet | None = None) -> Stage:
+    """The place under ``eval/`` of a model, on a set of ``eval.sets`` where one is given; it depends on what made
+    the model and on what is asked how."""
     made_by = ""
     if model in ctx.cfg.dsa.specialties:
         made_by = expert_stage(ctx, model).fingerprint
@@ -47,40 +76,121 @@ def eval_stage(ctx: Context, model: str) -> Stage:
         made_by = gba_stage(ctx).fingerprint
     elif model == "merged":
         made_by = caci_stage(ctx).fingerprint
-    asked = ctx.cfg.fingerprint("eval", "data", "phantom", "model", "seed")
-    return ctx.run.stage(f"eval/{model}", asked + made_by)
+    if chosen is None or not ctx.cfg.eval.sets:
+        asked = ctx.cfg.fingerprint("eval", "data", "phantom", "model", "seed")
+        return ctx.run.stage(f"eval/{model}", asked + made_by)
+    asked = asked_fingerprint(ctx.cfg, chosen)
+    return ctx.run.stage(place(ctx, model, chosen.name), asked + made_by)
 
 
-def run_eval(ctx: Context, models: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Evaluate what is not done yet; returns each model's result."""
-    results = {}
+def asked_fingerprint(cfg: Config, chosen: EvalSet) -> str:
+    """A hash of what the answers to a set depend on beside the model; the other sets are no part of it."""
+    parts = [
+        cfg.fingerprint("model"),
+        repr(Asking.of(cfg.eval, cfg.seed)),
+        cfg.data.answer_format,
+        cfg.data.system_prompt,
+        cfg.data.max_prompt_length,
+        chosen.identity,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def run_eval(
+    ctx: Context, models: Sequence[str] | None = None, sets: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Evaluate what is not done yet; returns each model's result, with ``eval.sets`` under ``model/set``."""
+    results: dict[str, dict[str, Any]] = {}
+    worked = False
     for model in models or model_names(ctx):
-        stage = eval_stage(ctx, model)
-        if not is_done(stage):
-            _evaluate(ctx, stage, model)
-        results[model] = stage.result()
+        served = False
+        for name, chosen in eval_sets(ctx).items():
+            if sets and name not in sets:
+                continue
+            stage = eval_stage(ctx, model, chosen)
+            if not is_done(stage):
+                _evaluate(ctx, stage, model, chosen, serve_first=not served)
+                served = worked = True
+            results[f"{model}/{name}" if ctx.cfg.eval.sets else model] = stage.result()
+    page = ctx.run.path / PAGE
+
+    def show() -> None:
+        if worked or not page.exists():
+            write_page(ctx, page)
+
+    ranks.main_only(show)
     return results
 
 
-def _evaluate(ctx: Context, stage: Stage, model: str) -> None:
+def _evaluate(ctx: Context, stage: Stage, model: str, chosen: EvalSet, serve_first: bool) -> None:
     from mmedx_fast.cost import PhaseMeter
 
+    own = not ctx.cfg.eval.sets
+    total = len(ctx.records(OWN)) if own else ctx.eval_sizes[chosen.name][0]
     meter = PhaseMeter()
-    questions = ctx.questions("test")
     with meter.phase("load"):
-        serve(ctx, model)
-    with meter.phase("eval"):
-        rows = ask(ctx, questions, description=f"Evaluating {model}")
-    meter.add("eval", tokens=sum(row["tokens"] for row in rows))
-    result = summarise(rows) | {
+        if serve_first:
+            serve(ctx, model)
+    must_fit = (None, *ctx.cfg.gba.guidelines) if own else ()
+    name = model if own else f"{model} on {chosen.name}"
+    found = answer_set(ctx, chosen, stage.dir, stage.fingerprint, total, name, must_fit)
+    meter.add("eval", found["seconds"], found["tokens"], calls=1)
+    result = found | {
         "seconds": sum(phase["seconds"] for phase in meter.to_dict().values()),
         "phases": meter.to_dict(),
     }
     if ranks.is_main():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(stage.dir / "predictions.jsonl", lines)
-        write_json(stage.dir / "metrics.json", result)
+        write_json(stage.dir / METRICS, result)
     finish(stage, result)
+    ranks.main_only(lambda: (stage.dir / JOURNAL).unlink(missing_ok=True))
+
+
+def answer_set(
+    ctx: Context,
+    chosen: EvalSet,
+    folder: Path,
+    fingerprint: str,
+    total: int,
+    name: str,
+    must_fit: tuple[str | None, ...] = (),
+) -> dict[str, Any]:
+    """Ask the served model the questions of a set that ``folder`` has no answer of; on every rank the figures of
+    all, whose predictions are then in ``folder``.
+
+    Raises StageError when no question of the set can be asked.
+    """
+    settings = ctx.cfg.eval
+    refused = RejectedRows(folder / "rejected.part") if ranks.is_main() else None
+    try:
+        Questioner(
+            engine=ctx.engine,
+            builder=ctx.asking_builder,
+            asking=Asking.of(settings, ctx.cfg.seed),
+            chunk_size=settings.chunk_size,
+            must_fit=() if settings.prompt == "medevalkit" else must_fit,
+        ).answer(
+            chosen.records(refused),
+            chosen.name,
+            folder / JOURNAL,
+            fingerprint,
+            total=total,
+            description=f"Evaluating {name}",
+        )
+    finally:
+        if refused is not None:
+            refused.close()
+    found: list[dict[str, Any]] = []
+
+    def count() -> None:
+        assert refused is not None
+        try:
+            found.append(conclude(folder, chosen.name, refused.path))
+        except NothingAnsweredError as error:
+            raise StageError(str(error)) from None
+
+    ranks.main_only(count)
+    result: dict[str, Any] = ranks.from_main(found[0] if found else None)
+    return result
 
 
 def serve(ctx: Context, model: str) -> None:
@@ -110,10 +220,10 @@ def serve(ctx: Context, model: str) -> None:
 def ask(
     ctx: Context, questions: Sequence[Question], description: str = "Asking"
 ) -> list[dict[str, Any]]:
-    """Greedy answers, scored: one JSON-ready row per question.
+    """Greedy answers to a few questions, in the training prompt, scored: one prediction row per question.
 
     With several ranks each asks its share (rank 0 all of it where one server serves them), and every
-    rank gets all rows.
+    rank gets all rows. ``eval.guideline`` each stands for all in turn here.
     """
     shares = ranks.all_gather(_ask_own(ctx, questions, description))
     rows = [row for share in shares for row in share]
@@ -129,85 +239,37 @@ def _ask_own(
     own = own_share(ctx.engine, len(questions))
     if not own:
         return []
-    fixed = ctx.cfg.eval.guideline
-    asked = [(questions[i], fixed or GUIDELINE_NAMES[i % len(GUIDELINE_NAMES)]) for i in own]
-    sampling = Sampling(greedy=True, max_tokens=ctx.cfg.eval.max_completion_length)
+    asking = Asking.greedy(ctx.cfg.eval)
+    asked = [(questions[i], asking.guidelines(i)[0]) for i in own]
     with progress(len(asked), description, unit="question") as bar:
 
         def show(done: int, total: int) -> None:
             bar.update(done - bar.done)
 
-        rollouts = ctx.engine.generate_requests(asked, sampling, show)
+        rollouts: list[Rollout] = ctx.engine.generate_requests(asked, asking.sampling, show)
     return [
-        (number, _row(question, guideline, rollout))
-        for number, (question, guideline), rollout in zip(own, asked, rollouts, strict=True)
+        (number, prediction_row(question.record, question.record.split, [rollout]))
+        for number, (question, _), rollout in zip(own, asked, rollouts, strict=True)
     ]
 
 
-def _row(question: Question, guideline: str, rollout: Rollout) -> dict[str, Any]:
-    record = question.record
-    predicted = extract_answer(rollout.text, record.options)
-    followed = adherence(
-        think_text(rollout.text),
-        guideline,
-        question=record.question,
-        options=record.options,
-        answer=predicted,
-        findings=image_findings(record.meta),
-    )
-    return {
-        "id": record.id,
-        "dataset": record.dataset,
-        "specialty": record.specialty,
-        "guideline": guideline,
-        "question": record.question,
-        "options": record.options,
-        "answer": record.answer,
-        "answer_label": record.answer_label,
-        "images": [str(image) for image in record.images],
-        "completion": rollout.text,
-        "finish_reason": rollout.finish_reason,
-        "tokens": len(rollout.token_ids),
-        "predicted": predicted,
-        "correct": bool(strict_score(rollout.text, record.options, _gold(record))),
-        "correct_medevalkit": bool(medevalkit_score(rollout.text, record.options, _gold(record))),
-        "format_ok": format_ok(rollout.text),
-        "adherence": followed.score,
-    }
+def place(ctx: Context, model: str, set_name: str | None = None) -> str:
+    """Where a model's results on a set lie in the run folder, by default on the set that is shown first."""
+    sets = ctx.cfg.eval.sets
+    return f"eval/{model}/{set_name or next(iter(sets))}" if sets else f"eval/{model}"
 
 
-def _gold(record: Any) -> str:
-    return record.answer_label if record.options and record.answer_label else record.answer
+def write_page(ctx: Context, page: Path) -> None:
+    """One page over everything that this run has evaluated, unless ``eval.browse_rows`` is 0."""
+    from mmedx_fast.evaluation.browse import Source, write_browser
 
-
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy with 95 % intervals by specialty and as macro-average, and the rates beside it."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(str(row["specialty"]), []).append(row)
-    hits = {name: [float(row["correct"]) for row in part] for name, part in groups.items()}
-    macro = macro_average(hits)
-    by_guideline: dict[str, list[float]] = {}
-    for row in rows:
-        by_guideline.setdefault(row["guideline"], []).append(row["adherence"])
-    return {
-        "questions": len(rows),
-        "macro_accuracy": macro.value,
-        "macro_interval": [macro.low, macro.high],
-        "accuracy": {name: _mean(values) for name, values in hits.items()},
-        "intervals": {
-            name: list(wilson_interval(int(sum(values)), len(values)))
-            for name, values in hits.items()
-        },
-        "micro_accuracy": _mean([row["correct"] for row in rows]),
-        "medevalkit_accuracy": _mean([row["correct_medevalkit"] for row in rows]),
-        "format_rate": _mean([row["format_ok"] for row in rows]),
-        "unparsed_rate": _mean([row["predicted"] is None for row in rows]),
-        "truncated_rate": _mean([row["finish_reason"] == "length" for row in rows]),
-        "adherence": {name: _mean(values) for name, values in by_guideline.items()},
-        "tokens": sum(row["tokens"] for row in rows),
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(sum(values)) / len(values)
+    settings = ctx.cfg.eval
+    sources = [
+        Source(model, name, path, chosen)
+        for model in model_names(ctx)
+        for name, chosen in eval_sets(ctx).items()
+        if (path := ctx.run.path / place(ctx, model, name) / PREDICTIONS).is_file()
+    ]
+    if sources and settings.browse_rows:
+        title = f"Run {ctx.cfg.name}"
+        write_browser(page, title, sources, settings.browse_rows, settings.browse_images)

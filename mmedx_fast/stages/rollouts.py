@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmedx_fast import ranks
+from mmedx_fast.evaluation.rows import image_findings
 from mmedx_fast.prompts import Question
 from mmedx_fast.rollout import Rollout, RolloutEngine
 
@@ -34,12 +35,6 @@ def reward_columns(
         "answer_label": [record.answer_label for record in records],
         "findings": [image_findings(record.meta) for record in records],
     }
-
-
-def image_findings(meta: dict[str, Any]) -> tuple[str, ...]:
-    """What a row says its images show (column ``finding`` or ``findings``); used by rewards only."""
-    found = meta.get("findings", meta.get("finding", ()))
-    return (found,) if isinstance(found, str) else tuple(str(item) for item in found)
 
 
 def own_share(engine: RolloutEngine, count: int) -> range:
