@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmedx_fast import __version__
 from mmedx_fast.cli_data import add_data
+from mmedx_fast.cli_merge import COMMANDS, HINT, takes_adapters
+from mmedx_fast.cli_merge import parse as parse_merge
 from mmedx_fast.cli_predictions import add_commands
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         options = parser.parse_args(arguments[:1])
         options.rest = list(arguments[1:])
         return options
+    if takes_adapters(arguments):
+        return parse_merge(arguments)
     options, rest = parser.parse_known_args(arguments)
     unknown = [item for item in rest if item.startswith("-") or "=" not in item]
     if unknown or (rest and not hasattr(options, "overrides")):
@@ -101,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = add(name, command, text)
         sub.add_argument("config", help="YAML file, or the name of one that ships (demo.yaml)")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. gba.steps=50")
+        if name in COMMANDS:
+            sub.epilog = HINT.format(command=name)
         if name in ("dsa", "eval"):
             what = "specialty" if name == "dsa" else "model"
             sub.add_argument("--only", action="append", metavar=what.upper(), help=f"one {what}")
