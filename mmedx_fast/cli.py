@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import shlex
@@ -25,7 +26,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code (2: bad input, 130: interrupted)."""
+    """Entry point; returns the exit code (1: doctor found a problem, 2: bad input, 130: interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
     _set_up_logging(options.verbose)
@@ -121,8 +122,11 @@ def _parser() -> argparse.ArgumentParser:
 
     add_commands(add)
 
-    sub = add("doctor", _doctor, "What this machine has, and which path each op takes on it")
+    sub = add(
+        "doctor", _doctor, "What this machine has, and whether all is well (exit code 0 or 1)"
+    )
     sub.add_argument("config", nargs="?", help="also what this config would use")
+    sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     add("bench", _bench, "Measure the ops against their peers (in a checkout; bench --help)")
 
@@ -309,10 +313,11 @@ def _doctor(options: argparse.Namespace) -> int:
     from mmedx_fast._env import prepare_environment
 
     prepare_environment(offline=True)
-    from mmedx_fast.doctor import doctor
+    from mmedx_fast.doctor import examine
 
-    print(doctor(cfg))
-    return 0
+    found = examine(cfg)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found.text())
+    return 0 if found.well else 1
 
 
 def _bench(options: argparse.Namespace) -> int:
