@@ -163,6 +163,8 @@ def run_conflicts(options: argparse.Namespace) -> int:
         for name, row in zip(names, found["summed"]["cosine"], strict=True)
     ]
     print("\n" + render_table(["cosine", *names], cosines))
+    for note in found["notes"]:
+        print(f"note: {note}")
     if options.json:
         write_json(options.json, found)
         print(options.json)

@@ -58,7 +58,7 @@ def conflicts(
         any_base: take adapters that name different bases for adapters of one.
 
     Returns:
-        ``experts`` (names), ``spec``, ``linears`` and ``summed`` (measures of conflict in 0..1, cosines
+        ``experts`` (names), ``notes``, ``spec``, ``linears`` and ``summed`` (measures of conflict in 0..1, cosines
         [E, E]), and ``full``, every count of :class:`mmedx_fast.ops.ConflictReport`.
 
     Raises AdapterError for an adapter that cannot be used, naming it and the remedy.
@@ -77,6 +77,7 @@ def conflicts(
         )
     return {
         "experts": [adapter.name for adapter in read],
+        "notes": _unseen_copies(read),
         "spec": describe(spec),
         "linears": {short_name(name): measures(one) for name, one in report["linears"].items()},
         "summed": measures(report["total"]),
@@ -102,8 +103,8 @@ def merge(
     Args:
         adapters: folders in PEFT's format; ranks, scales and targets may differ.
         out: must not exist, or be empty. It appears complete or not at all.
-        base: folder of the base (or its name in the local hub cache); needed for a model, not for an
-            adapter. Everything in it but its weights is carried over.
+        base: folder of the base (or its name in the local hub cache). A model needs it; everything in it
+            but its weights is carried over. For an adapter it is only held against the adapters.
         rank: of the adapter, for all modules. Without it the smallest that keeps `energy` (0.99) of the
             merged change's squared norm, summed over all modules.
         space: core: the adapters' common low-rank space is merged, with no delta in memory. delta: every
@@ -138,6 +139,7 @@ def merge(
         from mmedx_fast.merging_lora import merge_to_adapter
 
         _check_stacked(read)
+        document["notes"] = plan_merge(read, base).notes if base else _unseen_copies(read)
         with write_folder(out) as folder:
             document |= merge_to_adapter(folder, read, _rows(read), spec, rank, energy, space)
             write_json(folder / REPORT_NAME, document)
@@ -185,12 +187,28 @@ def plan_merge(adapters: Sequence[Adapter], base: str | Path) -> Plan:
     _check_shapes(plan)
     _check_copies(plan, adapters)
     _resolve_ties(plan)
-    names = sorted({Path(a.base).name for a in adapters if a.base} - {layout.folder.name})
+    given = {layout.folder.name, Path(base).name}
+    names = sorted({Path(a.base).name for a in adapters if a.base} - given)
     if names:
         plan.notes.append(
             f"the adapters name {', '.join(names)} as their base; merged into {layout.folder}"
         )
+    for adapter in adapters:
+        if str(adapter.config.get("init_lora_weights")).lower() == "loftq":
+            plan.notes.append(
+                f"{adapter.name} began as LoftQ's correction of a quantised base, which is part of what it adds"
+            )
     return plan
+
+
+def _unseen_copies(adapters: Sequence[Adapter]) -> list[str]:
+    """What only a base could settle."""
+    return [
+        f"{adapter.name} carries {', '.join(sorted(adapter.copies))} of its base, taken to be unchanged: "
+        "give the base to hold them against it"
+        for adapter in adapters
+        if adapter.copies
+    ]
 
 
 def _check_shapes(plan: Plan) -> None:
@@ -358,7 +376,7 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
     layers = adapter.layers.values()
     return {
         "name": adapter.name,
-        "folder": adapter.folder,
+        "folder": str(adapter.folder),
         "base": adapter.base,
         "modules": len(layers),
         "ranks": sorted({layer.factors.rank for layer in layers}),

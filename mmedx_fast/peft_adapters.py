@@ -253,7 +253,8 @@ def _layers_of(
     rank = int(_pattern(config.get("rank_pattern"), module, config["r"]))
     alpha = float(_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    found, kernel, kind = a.shape[0], (), "embedding" if embedding else "linear"
+    found, kind = a.shape[0], "embedding" if embedding else "linear"
+    kernel: tuple[int, ...] = ()
     if not embedding and a.dim() > 2:
         kind, kernel = "conv", tuple(a.shape[1:])
         a, b = a.flatten(1), b.flatten(1)

@@ -539,6 +539,22 @@ def test_what_does_not_fit_the_base_is_named_and_nothing_is_written(tmp_path, ll
     assert not [x for x in tmp_path.iterdir() if x.name.startswith(".")]
 
 
+def test_copies_of_the_base_beside_the_factors_are_told(tmp_path, llama) -> None:
+    """Without a base nobody knows whether a copy is the base's: said, or settled with it."""
+    good = load_file(write_raw(tmp_path / "good") / "adapter_model.safetensors")
+    own = load(llama).state_dict()["model.embed_tokens.weight"]
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    same = write_raw(tmp_path / "same", good | {name: own})
+    other = write_raw(tmp_path / "other", good | {name: own + 1})
+    assert "embed_tokens.weight" in conflicts([same])["notes"][0]
+    made = merge([other], tmp_path / "a", LINEAR, as_lora=True, rank=2)
+    assert "taken to be unchanged" in made["notes"][0]
+    made = merge([same], tmp_path / "b", LINEAR, as_lora=True, rank=2, base=llama)
+    assert made["notes"] == []
+    with pytest.raises(AdapterError, match="weights of its own"):
+        merge([other], tmp_path / "c", LINEAR, as_lora=True, rank=2, base=llama)
+
+
 def test_quantised_and_split_bases_are_refused(tmp_path, llama) -> None:
     quantised = tmp_path / "q"
     quantised.mkdir()
