@@ -129,7 +129,7 @@ def merge(
         raise ValueError("rank and energy are of a merge into an adapter: set as_lora (--as-lora)")
     read = read_adapters(adapters, any_base)
     spec.expert_weights(len(read))
-    document = {
+    document: dict[str, Any] = {
         "form": "adapter" if as_lora else "model",
         "adapters": [_describe_adapter(adapter) for adapter in read],
         "spec": describe(spec),

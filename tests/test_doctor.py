@@ -160,16 +160,6 @@ def test_a_broken_op_is_named_and_fails_the_command(monkeypatch, capsys, op, fau
 
 def test_fake_patches_on_transformers_are_seen(monkeypatch, capsys) -> None:
     name = "transformers.models.fake.modeling_fake"
-    modeling = types.ModuleType(name)
-    exec(  # functions whose module is the modeling file, as transformers' are
-        "class Mlp:\n def forward(self): pass\nclass Norm:\n def forward(self): pass\n"
-        "def rotary(): pass\ndef untouched(): pass",
-        modeling.__dict__,
-    )
-    for part in (modeling.Mlp, modeling.Norm):
-        part.__module__ = name
-    monkeypatch.setitem(sys.modules, name, modeling)
-    assert [p for p in rivals.active_patches() if "fake" in p.where] == []
 
     def theirs(module):
         def forward(self): ...
@@ -177,14 +167,27 @@ def test_fake_patches_on_transformers_are_seen(monkeypatch, capsys) -> None:
         forward.__module__ = module
         return forward
 
-    modeling.Mlp.forward = theirs("liger_kernel.transformers.swiglu")
-    modeling.Norm = type("LigerNorm", (), {"__module__": "liger_kernel.transformers.rms_norm"})
-    modeling.rotary = functools.partial(theirs("unsloth.kernels.rope"))
+    def modeling(mlp, norm, rotary):
+        mlp = type("Mlp", (), {"__module__": name, "forward": mlp})
+        made = types.ModuleType(name)
+        vars(made).update(Mlp=mlp, Norm=norm, rotary=rotary, untouched=theirs(name))
+        return made
+
+    own = modeling(theirs(name), type("Norm", (), {"__module__": name}), theirs(name))
+    monkeypatch.setitem(sys.modules, name, own)
+    assert [p for p in rivals.active_patches() if "fake" in p.where] == []
+    patched = modeling(
+        theirs("liger_kernel.transformers.swiglu"),
+        type("LigerNorm", (), {"__module__": "liger_kernel.transformers.rms_norm"}),
+        functools.partial(theirs("unsloth.kernels.rope")),
+    )
+    monkeypatch.setitem(sys.modules, name, patched)
     seen = {p.where.removeprefix(f"{name}."): p.by for p in rivals.active_patches()}
-    assert seen["Mlp.forward"] == "liger_kernel.transformers.swiglu"
-    assert seen["Norm"] == "liger_kernel.transformers.rms_norm"
-    assert seen["rotary"] == "unsloth.kernels.rope"
-    assert not any("untouched" in where for where in seen)
+    assert seen == {
+        "Mlp.forward": "liger_kernel.transformers.swiglu",
+        "Norm": "liger_kernel.transformers.rms_norm",
+        "rotary": "unsloth.kernels.rope",
+    }
     assert cli.main(["doctor"]) == 1
     assert "liger_kernel, unsloth replaced functions" in capsys.readouterr().out
 

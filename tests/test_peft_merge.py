@@ -341,7 +341,7 @@ def test_a_tied_adapter_keeps_the_weights_tied(tmp_path) -> None:
 def test_shards_and_index_are_whole(tmp_path, llama, three) -> None:
     merge(three, tmp_path / "out", base=llama, max_shard_size=20_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    held = {}
+    held: dict[str, str] = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             held |= dict.fromkeys(opened.keys(), file.name)
@@ -380,7 +380,7 @@ def test_memory_is_of_a_shard_not_of_the_model(tmp_path) -> None:
         made = tmp_path / folder
         made.mkdir()
         weights = {f"model.{linear}.weight": torch.randn(128, 64).bfloat16()}
-        where = {}
+        where: dict[str, str] = {}
         for i in range(shards):
             weights[f"model.layers.{i}.rest"] = torch.zeros(size, dtype=torch.bfloat16)
             file = f"model-{i:05d}.safetensors"
