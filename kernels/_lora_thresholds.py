@@ -80,11 +80,17 @@ class Cut:
 
 
 def find_thresholds(
-    plans: Sequence[Plan], spec: MergeSpec
+    plans: Sequence[Plan], spec: MergeSpec, known: Tensor | None = None
 ) -> tuple[list[Cut], tuple[Tensor, Tensor] | None]:
-    """Every plan's thresholds, NaN where nothing is trimmed, and the common ones of a global scope."""
+    """Every plan's thresholds, NaN where nothing is trimmed, and the common ones of a global scope; those
+    may be ``known`` [E]."""
     if not spec.trims:
         return [_cut(plan, None, None) for plan in plans], None
+    if known is not None:
+        to = plans[0].scales.device
+        none_tied = torch.zeros_like(known)
+        cuts = [_cut(plan, known.to(to), none_tied.to(to), known.isnan().to(to)) for plan in plans]
+        return cuts, (known, none_tied)
     if spec.trim_scope == "global":
         return _global_thresholds(plans, spec)
     budget = max(x.shape[0] * x.shape[1] for plan in plans for x in plan.linears) * 6 // 100

@@ -18,8 +18,8 @@ from ._lora_trim import (
     random_keep,
     round_stochastic,
     stream_key,
-    thresholds,
 )
+from ._lora_trim import thresholds as find_thresholds
 from ._lora_types import ConflictReport, Linear, MergeSpec
 
 OnLinear = Callable[[str, ConflictReport], None]
@@ -36,15 +36,23 @@ class Merged:
 @register_torch("lora_merge")
 @torch.no_grad()
 def merge_torch(
-    linears: Sequence[Linear], spec: MergeSpec, tile: int | None, on_linear: OnLinear | None
+    linears: Sequence[Linear],
+    spec: MergeSpec,
+    tile: int | None,
+    on_linear: OnLinear | None,
+    thresholds: Tensor | None = None,
 ) -> Merged:
+    """``thresholds`` [E] f64: of a global scope, where they are known already."""
     touched = [linear for linear in linears if linear.touched]
     if tile is None and touched:
         largest = max(linear.shape[0] * linear.shape[1] for linear in touched)
         tile = default_tile(largest, len(touched[0].experts))
     common = None
     if spec.trim_scope == "global" and spec.trims:
-        common = thresholds([linear.experts for linear in linears], spec, tile)
+        if thresholds is None:
+            common = find_thresholds([linear.experts for linear in linears], spec, tile)
+        else:
+            common = thresholds, torch.zeros_like(thresholds)
     reports = []
     for linear in linears:
         report = ConflictReport.empty(linear.name, len(linear.experts))
@@ -77,7 +85,7 @@ def _merge_one(
     report: ConflictReport,
 ) -> None:
     if common is None:
-        threshold, tied = thresholds([linear.experts], spec, tile)
+        threshold, tied = find_thresholds([linear.experts], spec, tile)
     else:  # equal elements beyond the k-th are a matter of the whole model: no linear owns them
         threshold, tied = common[0], torch.zeros_like(common[1])
     start_report(linear, threshold, tied, interference(linear.experts).cpu(), report)

@@ -38,16 +38,21 @@ from ._triton import CompileCase
 
 @torch.no_grad()
 def merge_triton(
-    linears: Sequence[Linear], spec: MergeSpec, tile: int | None, on_linear: OnLinear | None
+    linears: Sequence[Linear],
+    spec: MergeSpec,
+    tile: int | None,
+    on_linear: OnLinear | None,
+    thresholds: Tensor | None = None,
 ) -> Merged:
-    """``tile`` is of the plain torch implementation; the kernels' tiles are fixed."""
+    """``tile`` is of the plain torch implementation; the kernels' tiles are fixed. ``thresholds`` [E] f64:
+    of a global scope, where they are known already."""
     touched = [linear for linear in linears if linear.touched]
     found: dict[int, ConflictReport] = {}
     common = None
     if touched:
         with _on(touched[0]):
             plans = make_plans(touched, spec, (ROWS, COLUMNS))
-            cuts, common = find_thresholds(plans, spec)
+            cuts, common = find_thresholds(plans, spec, thresholds)
             for plan, cut in zip(plans, cuts, strict=True):
                 reports = _apply(plan, spec, cut)
                 found |= {id(x): r for x, r in zip(plan.linears, reports, strict=True)}
@@ -57,7 +62,8 @@ def merge_triton(
         reports.append(found.get(id(linear), empty))
         if on_linear is not None:
             on_linear(linear.name, reports[-1])
-    _check_kept(reports, common, spec)
+    if thresholds is None:
+        _check_kept(reports, common, spec)
     return Merged(reports, common)
 
 

@@ -57,6 +57,7 @@ def lora_merge_(
     *,
     layer: str = "",
     tile: int | None = None,
+    thresholds: Tensor | None = None,  # [E] f64
 ) -> ConflictReport:
     """Add lam * merge(deltas) to ``base_weight`` in place, and report the conflicts met on the way.
 
@@ -65,11 +66,12 @@ def lora_merge_(
     plain torch; Triton multiplies 16-bit factors exactly and adds in float32, and rounds factors of
     other or mixed dtypes to float32 (a copy of them) first. See :func:`lora_conflicts` for
     the arguments; with ``trim_scope='global'`` this linear is the whole model (use
-    :func:`merge_model_` for several).
+    :func:`merge_model_` for several), unless ``thresholds`` are given: a model whose weights are not all
+    in memory is merged linear by linear with the thresholds that :func:`model_conflicts` reports.
 
     Raises ValueError if shapes do not fit; the base is then untouched.
     """
-    return _one(base_weight, experts, spec, layer, tile)
+    return _one(base_weight, experts, spec, layer, tile, thresholds)
 
 
 def merge_model_(
@@ -185,14 +187,31 @@ def _check(base: Tensor | None, experts: Experts, spec: MergeSpec, layer: str) -
 
 
 def _one(
-    base: Tensor | None, experts: Experts, spec: MergeSpec, layer: str, tile: int | None
+    base: Tensor | None,
+    experts: Experts,
+    spec: MergeSpec,
+    layer: str,
+    tile: int | None,
+    thresholds: Tensor | None = None,
 ) -> ConflictReport:
     _check(base, experts, spec, layer)
-    return _merge([Linear(layer, base, experts)], spec, tile, None).reports[0]
+    if thresholds is None:
+        return _merge([Linear(layer, base, experts)], spec, tile, None).reports[0]
+    if spec.trim_scope != "global" or tuple(thresholds.shape) != (len(experts),):
+        raise ValueError(
+            f"thresholds are one per expert ({len(experts)}), of trim_scope='global'; got "
+            f"{tuple(thresholds.shape)} and trim_scope={spec.trim_scope!r}"
+        )
+    common = thresholds.double().cpu()
+    return _merge([Linear(layer, base, experts)], spec, tile, None, common).reports[0]
 
 
 def _merge(
-    linears: Sequence[Linear], spec: MergeSpec, tile: int | None, on_linear: OnLinear | None
+    linears: Sequence[Linear],
+    spec: MergeSpec,
+    tile: int | None,
+    on_linear: OnLinear | None,
+    thresholds: Tensor | None = None,
 ) -> Merged:
     """Hand the linears of each device to its implementation: a base's device, else the factors'."""
     parts: dict[torch.device, list[Linear]] = {}
@@ -201,7 +220,7 @@ def _merge(
         parts.setdefault(device, []).append(linear)
     if len(parts) == 1:
         ((device, part),) = parts.items()
-        merged: Merged = resolve("lora_merge", device)(part, spec, tile, on_linear)
+        merged: Merged = resolve("lora_merge", device)(part, spec, tile, on_linear, thresholds)
         return merged
     if spec.trim_scope == "global" and spec.trims:
         raise ValueError(f"trim_scope='global' needs all linears on one device, got {set(parts)}")
@@ -216,12 +235,16 @@ def _merge(
 
 @register_triton("lora_merge")
 def _merge_triton(
-    linears: Sequence[Linear], spec: MergeSpec, tile: int | None, on_linear: OnLinear | None
+    linears: Sequence[Linear],
+    spec: MergeSpec,
+    tile: int | None,
+    on_linear: OnLinear | None,
+    thresholds: Tensor | None = None,
 ) -> Merged:
     """Imported when it is called: Triton may be absent."""
     from ._lora_triton import merge_triton
 
-    return merge_triton(linears, spec, tile, on_linear)
+    return merge_triton(linears, spec, tile, on_linear, thresholds)
 
 
 def _gathered(linear: Linear) -> Linear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import shlex
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmedx_fast import __version__
 from mmedx_fast.cli_data import add_data
+from mmedx_fast.cli_merge import COMMANDS, HINT, takes_adapters
+from mmedx_fast.cli_merge import parse as parse_merge
 from mmedx_fast.cli_predictions import add_commands
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code (2: bad input, 130: interrupted)."""
+    """Entry point; returns the exit code (1: doctor found a problem, 2: bad input, 130: interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
     _set_up_logging(options.verbose)
@@ -64,6 +67,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         options = parser.parse_args(arguments[:1])
         options.rest = list(arguments[1:])
         return options
+    if takes_adapters(arguments):
+        return parse_merge(arguments)
     options, rest = parser.parse_known_args(arguments)
     unknown = [item for item in rest if item.startswith("-") or "=" not in item]
     if unknown or (rest and not hasattr(options, "overrides")):
@@ -101,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = add(name, command, text)
         sub.add_argument("config", help="YAML file, or the name of one that ships (demo.yaml)")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. gba.steps=50")
+        if name in COMMANDS:
+            sub.epilog = HINT.format(command=name)
         if name in ("dsa", "eval"):
             what = "specialty" if name == "dsa" else "model"
             sub.add_argument("--only", action="append", metavar=what.upper(), help=f"one {what}")
@@ -119,8 +126,11 @@ def _parser() -> argparse.ArgumentParser:
 
     add_commands(add)
 
-    sub = add("doctor", _doctor, "What this machine has, and which path each op takes on it")
+    sub = add(
+        "doctor", _doctor, "What this machine has, and whether all is well (exit code 0 or 1)"
+    )
     sub.add_argument("config", nargs="?", help="also what this config would use")
+    sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     add("bench", _bench, "Measure the ops against their peers (in a checkout; bench --help)")
 
@@ -299,10 +309,11 @@ def _doctor(options: argparse.Namespace) -> int:
     from mmedx_fast._env import prepare_environment
 
     prepare_environment(offline=True)
-    from mmedx_fast.doctor import doctor
+    from mmedx_fast.doctor import examine
 
-    print(doctor(cfg))
-    return 0
+    found = examine(cfg)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found.text())
+    return 0 if found.well else 1
 
 
 def _bench(options: argparse.Namespace) -> int:

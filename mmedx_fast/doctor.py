@@ -1,4 +1,5 @@
-"""``mmedx doctor``: what this machine has, which path each op takes on it, and what a config would use.
+"""``mmedx doctor``: what this machine has, which path each op takes on it and whether it is right, who has
+patched transformers, which versions do not go together, and what a config would use.
 
 Versions come from the packages' metadata; torch is the only heavy import.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
     from mmedx_fast.flops import ModelShape
 
 GIB = 1 << 30
+_VISION_MODULES = (
+    *("model.visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.proj"),
+    *("model.visual.blocks.0.mlp.gate_proj", "model.visual.blocks.0.mlp.fc1"),
+    *("model.visual.merger.mlp.0", "model.visual.patch_embed.proj"),
+)
+"""Names of the vision towers' linears, as a pattern for adapters would match them."""
 # distribution (the first that is installed counts) -> what lacks without it
 PACKAGES: dict[tuple[str, ...], str] = {
     ("torch",): "everything",
@@ -46,6 +54,24 @@ class Checkup:
 
     sections: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    """What keeps something of ours from working."""
+    notes: list[str] = field(default_factory=list)
+    """What is worth knowing; nothing of ours fails for it."""
+
+    @property
+    def well(self) -> bool:
+        """No problem was found: exit code 0."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        sections = {title: dict(lines) for title, lines in self.sections.items()}
+        return {
+            "well": self.well,
+            "problems": self.problems,
+            "notes": self.notes,
+            "sections": sections,
+        }
 
     def text(self) -> str:
         parts = []
@@ -53,6 +79,8 @@ class Checkup:
             width = max((len(name) for name, _ in lines), default=0)
             body = "\n".join(f"  {name:<{width}}  {value}" for name, value in lines)
             parts.append(f"{title}\n{body}")
+        if self.notes:
+            parts.append("notes\n" + "\n".join(f"  - {note}" for note in self.notes))
         if self.problems:
             parts.append("problems\n" + "\n".join(f"  - {problem}" for problem in self.problems))
         else:
@@ -69,7 +97,11 @@ def examine(cfg: Config | None = None) -> Checkup:
     found.sections["machine"] = list(_machine(torch))
     found.sections["packages"] = list(_packages())
     found.sections[f"ops on {device.type}"] = list(_ops(device))
+    found.sections["self-tests"] = list(_selftests(device, found.problems))
+    found.sections["patches"] = list(_patches(found.problems))
+    found.sections["accelerate"] = list(_accelerate(found.notes))
     found.problems += _machine_problems(device)
+    _versions(found, cfg)
     if cfg is not None:
         found.sections[f"config {cfg.name}"] = list(_config(cfg, device, found.problems))
     return found
@@ -128,6 +160,66 @@ def _ops(device: torch.device) -> Iterator[tuple[str, str]]:
     for path in _dispatch.paths(device):
         reason = f" ({path.reason})" if path.reason else ""
         yield path.op, f"{path.implementation}{reason}"
+
+
+def _selftests(device: torch.device, problems: list[str]) -> Iterator[tuple[str, str]]:
+    from mmedx_fast.selftest import run_selftests
+
+    for outcome in run_selftests(device):
+        verdict = f"right, {outcome.error:.0e} of the allowed error" if outcome.ok else "WRONG"
+        yield f"{outcome.op} ({outcome.path})", f"{verdict}, {1e3 * outcome.seconds:.0f} ms"
+        if not outcome.ok:
+            problems.append(
+                f"{outcome.message}: set MMEDX_KERNELS to the other path, and report it"
+            )
+
+
+def _patches(problems: list[str]) -> Iterator[tuple[str, str]]:
+    """Of this process: from a shell there are none unless something patches at start-up; in a trainer,
+    ``examine()`` sees what its imports have done."""
+    from mmedx_fast.rivals import active_patches
+
+    found = active_patches()
+    for patch in found:
+        yield patch.where, f"is {patch.by}'s"
+    rivals = sorted({patch.by.partition(".")[0] for patch in found if not patch.ours})
+    if rivals:
+        where = next(patch.where for patch in found if not patch.ours)
+        problems.append(
+            f"{', '.join(rivals)} replaced functions of transformers in this process ({where}): packed rows "
+            "rely on transformers' own; start without importing it"
+        )
+    if not found:
+        yield "none", "transformers' functions are its own in this process"
+
+
+def _accelerate(notes: list[str]) -> Iterator[tuple[str, str]]:
+    """Settings that ``accelerate launch`` would bring along."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    file = Path(os.environ.get("ACCELERATE_CONFIG_FILE", home / "accelerate/default_config.yaml"))
+    yield "configuration", f"{file}" if file.is_file() else f"none ({file})"
+    active = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+    if active:
+        yield "environment", ", ".join(f"{name}={os.environ[name]}" for name in active)
+    if file.is_file():
+        notes.append(
+            f"accelerate's configuration {file} counts for accelerate launch alone: mmedx takes dtype and ZeRO "
+            "stage from its own config, and torchrun or deepspeed start it"
+        )
+
+
+def _versions(found: Checkup, cfg: Config | None) -> None:
+    from mmedx_fast import known_versions
+
+    for bad, text in known_versions.known_problems():
+        (found.problems if bad else found.notes).append(text)
+    found.problems += known_versions.unmet_requirements()
+    # the ops alone need none of these: without a config another version is no fault
+    beyond = found.notes if cfg is None else found.problems
+    beyond += known_versions.outside_our_ranges()
+    kernels = known_versions.foreign_kernels_package()
+    if kernels is not None:
+        found.problems.append(kernels)
 
 
 def _machine_problems(device: torch.device) -> list[str]:
@@ -201,6 +293,14 @@ def _config_problems(cfg: Config, device: torch.device) -> list[str]:
         for name in ("transformers", "peft", "deepspeed")
         if version(name) is None
     ]
+    vision = re.compile(cfg.lora.target_modules)
+    reached = [name for name in _VISION_MODULES if vision.fullmatch(name)]
+    if reached and rollout.engine in ("vllm", "server"):
+        problems.append(
+            f"lora.target_modules matches {reached[0]}, and vLLM leaves out adapters of the vision tower "
+            "without a word: rollouts would not be the policy's; restrict it to the language model, or set "
+            "rollout.engine=transformers"
+        )
     if cfg.model.offline and cfg.model.path != "tiny" and not Path(cfg.model.path).is_dir():
         problems.append(
             f"model.path = {cfg.model.path!r} is no folder and model.offline forbids to fetch it: "
@@ -213,11 +313,6 @@ def _config_problems(cfg: Config, device: torch.device) -> list[str]:
         if torch.cuda.get_device_capability(device) < (8, 0):
             problems.append("this GPU has no bfloat16 matrix units: set model.dtype=float32")
     return problems
-
-
-def doctor(cfg: Config | None = None) -> str:
-    """The report as text, as ``mmedx doctor`` prints it."""
-    return examine(cfg).text()
 
 
 def run_bench(arguments: Sequence[str]) -> int:

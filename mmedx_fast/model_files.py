@@ -161,6 +161,13 @@ def write_model(
 ) -> None:
     """Fill `folder` with a model that transformers and vLLM load: `weights` in shards with an index, and
     every file of the folder `base` but its weights (configuration, tokenizer, processor)."""
+    write_shards(folder, weights, max_shard_size)
+    copy_companions(folder, base)
+    write_json(folder / "config.json", _with_dtype(read_config(base), dtype))
+
+
+def write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], max_shard_size: int) -> None:
+    """`weights` as transformers names them: one file, or several with an index."""
     writer = ShardWriter(folder, "model", max_shard_size)
     for name, tensor in weights:
         writer.add(name, tensor)
@@ -168,10 +175,13 @@ def write_model(
     if len(set(where.values())) > 1:
         index = {"metadata": {"total_size": writer.bytes}, "weight_map": where}
         write_json(folder / INDEX_NAME, index)
+
+
+def copy_companions(folder: Path, base: Path) -> None:
+    """Every file of a model's folder `base` but its weights."""
     for file in sorted(base.iterdir()):
         if file.is_file() and not _WEIGHTS.fullmatch(file.name) and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
-    write_json(folder / "config.json", _with_dtype(read_config(base), dtype))
 
 
 def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 themselves need a GPU; torch's formulas stand in for them here, with Liger's arguments."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,31 @@ def test_the_kernels_compute_what_transformers_does(kind, tmp_path):
         found.append(policy.logprobs(row, temperature=1.0)[0])
         policy.close()
     torch.testing.assert_close(*found, rtol=0, atol=2e-4)
+
+
+def test_ligers_own_patches_and_ours_are_told_apart():
+    """``mmedx doctor`` reads off transformers who has patched it."""
+    from liger_kernel.transformers.monkey_patch import apply_liger_kernel_to_qwen2
+    from transformers.models.qwen2 import modeling_qwen2 as modeling
+
+    from mmedx_fast.rivals import active_patches
+
+    assert not [p for p in active_patches() if p.where.startswith(modeling.__name__)]
+    before = dict(vars(modeling))
+    try:
+        apply_liger_kernel_to_qwen2(fused_linear_cross_entropy=False)
+        found = {p.where: p for p in active_patches()}
+        patch = found[f"{modeling.__name__}.Qwen2RMSNorm"]
+        assert patch.by.startswith("liger_kernel.") and not patch.ours
+    finally:
+        vars(modeling).update(before)
+    model = tiny_vl.build()
+    rotary = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    try:
+        apply_liger(model)
+        ours = [p for p in active_patches(model) if p.ours]
+    finally:
+        sys.modules[type(model).__module__].apply_rotary_pos_emb = rotary
+    assert {p.by for p in ours} == {"mmedx_fast.liger"}
+    assert any(p.where.endswith("layers.1.mlp.forward") for p in ours)
+    assert any(p.where.endswith("apply_rotary_pos_emb") for p in ours)

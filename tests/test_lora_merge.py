@@ -95,6 +95,29 @@ def test_ties_equals_peft(peft_merge, election: str, density: float) -> None:
     assert bool(want.any()) == (density > 0)
 
 
+@pytest.mark.parametrize("density", [0.0, 0.3])
+def test_linears_one_by_one_with_the_models_thresholds_are_the_model(
+    implementation, density: float
+) -> None:
+    """A model whose weights are not all in memory: its thresholds first, then linear by linear."""
+    experts = {"a": factors(seed=1), "b": factors(seed=2, missing=(0, 3)), "c": factors(seed=3)}
+    spec = MergeSpec(density=density, trim_scope="global", weights=(1.0, 0.5, 2.0, 0.1, 1.0))
+    weights = {name: torch.randn(OUT, IN) for name in experts}
+    want = {name: weight.clone() for name, weight in weights.items()}
+    report = merge_model_(want, experts, spec)
+    said = model_conflicts(experts, spec)["total"]["threshold"]
+    assert said == report["total"]["threshold"]
+    thresholds = torch.tensor([math.inf if x is None else x for x in said], dtype=torch.float64)
+    for name, weight in weights.items():
+        one = lora_merge_(weight, experts[name], spec, layer=name, thresholds=thresholds)
+        assert torch.equal(weight, want[name])
+        assert one.to_dict() == report["linears"][name]
+    with pytest.raises(ValueError, match="trim_scope='tensor'"):
+        lora_merge_(weights["a"], experts["a"], MergeSpec(), thresholds=thresholds)
+    with pytest.raises(ValueError, match=r"one per expert \(5\).*\(3,\)"):
+        lora_merge_(weights["a"], experts["a"], spec, thresholds=thresholds[:3])
+
+
 @pytest.mark.parametrize("method", ["linear", "dare_linear", "dare_ties"])
 def test_other_methods_equal_peft(peft_merge, method: str, monkeypatch) -> None:
     experts = factors()

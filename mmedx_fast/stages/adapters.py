@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmedx_fast.config import LoraConfig
 from mmedx_fast.policy_adapter import (
@@ -20,6 +20,7 @@ from mmedx_fast.policy_adapter import (
 if TYPE_CHECKING:
     from mmedx_fast.ops import LoraFactors
 
+T = TypeVar("T")
 _KEY = re.compile(r"base_model\.model\.(?P<linear>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
@@ -80,9 +81,7 @@ def base_notes(sources: Mapping[str, Path]) -> dict[str, Any]:
     return first[1] if first else {}
 
 
-def by_linear(
-    adapters: Mapping[str, Mapping[str, LoraFactors]],
-) -> dict[str, list[LoraFactors | None]]:
+def by_linear(adapters: Mapping[str, Mapping[str, T]]) -> dict[str, list[T | None]]:
     """Linear -> one entry per adapter in order, None where it does not touch the linear."""
     names = sorted({linear for factors in adapters.values() for linear in factors}, key=_natural)
     return {name: [factors.get(name) for factors in adapters.values()] for name in names}

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedx_fast import ranks
 from mmedx_fast.config import CaciConfig
+from mmedx_fast.merge_report import describe, measures, merge_device, short_name
 from mmedx_fast.progress import progress
 from mmedx_fast.run_folder import Stage, write_folder, write_json
 from mmedx_fast.stages.common import finish, is_done
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from mmedx_fast.ops import LoraFactors, MergeSpec
     from mmedx_fast.stages.caci_full import FullTaskVector
 
-LOG = logging.getLogger(__name__)
 Factors = dict[str, "list[LoraFactors | None]"]
 
 
@@ -101,8 +100,8 @@ def _conflicts(ctx: Context) -> dict[str, Any]:
     return {
         "experts": list(sources),
         "spec": describe(spec),
-        "linears": {_short(name): _measures(one) for name, one in report["linears"].items()},
-        "summed": _measures(report["total"]),
+        "linears": {short_name(name): measures(one) for name, one in report["linears"].items()},
+        "summed": measures(report["total"]),
         "full": report,
     }
 
@@ -192,23 +191,6 @@ def write_merged(
     return report
 
 
-def merge_device(needed: int) -> torch.device:
-    """CUDA where a device has ``needed`` bytes free and a tenth more, the CPU elsewhere."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    free, _ = torch.cuda.mem_get_info()
-    if free < 1.1 * needed:
-        LOG.warning(
-            "merging on the CPU: %.1f GiB of GPU memory are free and the merge takes %.1f GiB",
-            free / 2**30,
-            1.1 * needed / 2**30,
-        )
-        return torch.device("cpu")
-    return torch.device("cuda")
-
-
 def _factor_bytes(factors: Factors | FullTaskVector) -> int:
     if not isinstance(factors, dict):
         return factors.nbytes
@@ -224,16 +206,6 @@ def _moved(factors: Factors, device: torch.device) -> Factors:
     return {
         name: [f and LoraFactors(f.A.to(device), f.B.to(device), f.scale) for f in experts]
         for name, experts in factors.items()
-    }
-
-
-def describe(spec: MergeSpec) -> dict[str, Any]:
-    """The spec as plain JSON values."""
-    import dataclasses
-
-    made = dataclasses.asdict(spec)
-    return {key: str(value) if key == "delta_dtype" else value for key, value in made.items()} | {
-        "weights": list(spec.weights or ())
     }
 
 
@@ -295,18 +267,3 @@ def _read(ctx: Context, sources: dict[str, Path]) -> Factors | FullTaskVector:
     factors = by_linear({name: load_factors(sources[name]) for name in experts})
     dtype = getattr(torch, ctx.cfg.model.dtype)
     return FullTaskVector(factors, len(experts), sources[rl], ctx.model_path, dtype)
-
-
-def _short(linear: str) -> str:
-    return linear.removeprefix("model.").replace("language_model.", "")
-
-
-def _measures(report: dict[str, Any]) -> dict[str, Any]:
-    kept = report["kept_fraction"]
-    return {
-        "sign_conflict": report["sign_conflict_rate"],
-        "weighted_sign_conflict": report["weighted_sign_conflict_rate"],
-        "cancelled_energy": report["cancelled_energy"],
-        "kept_fraction": sum(kept) / len(kept),
-        "cosine": report["cosine"],
-    }
