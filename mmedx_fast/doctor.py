@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +210,9 @@ def _accelerate(notes: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _versions(found: Checkup, cfg: Config | None) -> None:
+    if find_spec("packaging") is None:  # the ops alone install nothing beside torch and triton
+        found.notes.append("versions were not held against each other: pip install packaging")
+        return
     from mmedx_fast import known_versions
 
     for bad, text in known_versions.known_problems():

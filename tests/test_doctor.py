@@ -290,3 +290,10 @@ def test_nothing_heavy_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip().endswith("[]")
+
+
+def test_versions_are_not_checked_without_packaging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    found = doctor.Checkup()
+    doctor._versions(found, None)
+    assert not found.problems and "pip install packaging" in found.notes[0]
