@@ -33,6 +33,7 @@ def operands(seed=0, gap=1.0):
     shift = torch.tensor([-0.5, 0.6, 0.05, 0.0])[:, None]
     old = logp + gap * (shift + 0.4 * torch.randn(B, T, generator=g))
     old[0, 0] = logp[0, 0] - 1.5 * gap
+    old[1, 0] = logp[1, 0] - 1.0 * gap
     lengths = torch.tensor([T, 3, 5, 0])
     return {
         "_input": hidden,

@@ -19,7 +19,8 @@ the legacy trainer. So a question's rows under several guidelines meet in one of
   ``+algorithm.gba.question_key=... +algorithm.gba.guideline_key=...`` name the columns, and
   ``algorithm.gdpo_reward_keys`` the scores, each of which may be None for "does not apply".
 
-Otherwise ``+algorithm.gba.<name>=<value>`` sets what :class:`GbaSettings` lists. Where one uid is one guideline,
+A session's outputs, where an agent loop has several, count as a response each. Otherwise
+``+algorithm.gba.<name>=<value>`` sets what :class:`GbaSettings` lists. Where one uid is one guideline,
 the defaults are verl's grpo.
 
 **Policy losses** (``mmedx``, ``mmedx_gspo``, ``mmedx_cispo``): verl's vanilla, gspo and cispo with every
