@@ -1,7 +1,10 @@
 """Our loss in Liger's signature against Liger's own class, whose chunked torch path runs on a CPU."""
 
 import inspect
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,3 +271,45 @@ def test_settings_that_no_loss_has_are_named(settings, message):
 def test_operands_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         FusedLinearGRPOLoss()(**operands() | changes)
+
+
+ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {
+            "triton", "transformers", "liger_kernel", "verl", "ray", "tensordict", "omegaconf", "trl"
+        }:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+from mmedx_fast.integrations import liger, verl
+
+ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+module = liger.FusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
+h = torch.randn(2, 3, 4, requires_grad=True)
+w = torch.randn(7, 4)
+loss, metrics = module(h, w, ids, mask, torch.ones(2))
+logprob, entropy = verl.FusedLinearForPPO()(h, w, ids)
+(loss + verl.linear_cross_entropy(h, w, ids)[0].sum() + logprob.sum() + entropy.sum()).backward()
+assert h.grad.isfinite().all()
+print(verl.gba_advantage(torch.rand(2, 3), mask, ["q::a", "q::b"])[0].shape)
+try:
+    verl.register()
+except ModuleNotFoundError as error:
+    print("refused:", error)
+"""
+
+
+def test_our_side_of_verl_and_liger_runs_with_torch_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["torch.Size([2, 3])", "refused: verl"]

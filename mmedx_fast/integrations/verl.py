@@ -336,8 +336,10 @@ def use_fused_head(on: bool = True) -> None:
     """
     import importlib
 
-    heads = [(_KERNEL, "linear_cross_entropy", linear_cross_entropy)]
-    heads += [(_TORCH, "FusedLinearForPPO", FusedLinearForPPO)]
+    heads: list[tuple[str, str, Any]] = [
+        (_KERNEL, "linear_cross_entropy", linear_cross_entropy),
+        (_TORCH, "FusedLinearForPPO", FusedLinearForPPO),
+    ]
     found = [(importlib.import_module(name), attribute, ours) for name, attribute, ours in heads]
     for name in _MEGATRON:
         if name in sys.modules:
