@@ -186,23 +186,20 @@ def test_only_what_requires_a_gradient_gets_one(liger, loss_type, leaves):
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "luspo", "sapo"])
-def test_bfloat16_is_no_farther_from_float32_than_ligers(liger, loss_type):
+def test_bfloat16_is_a_rounding_of_the_logits_gradient_from_ligers(liger, loss_type):
+    """Liger multiplies it in float32, ours in the weight's dtype, as torch's own GEMMs would."""
     given = operands()
-    exact = outcome(FusedLinearGRPOLoss(loss_type=loss_type), given)
     names = ("_input", "lin_weight", "bias")
     rounded = given | {name: given[name].bfloat16() for name in names}
-    exact = outcome(
-        FusedLinearGRPOLoss(loss_type=loss_type),
-        given | {name: rounded[name].float() for name in names},
-    )
+    module = FusedLinearGRPOLoss(loss_type=loss_type)
+    exact = outcome(module, given | {name: rounded[name].float() for name in names})
     theirs = outcome(liger(compiled=False, loss_type=loss_type), rounded)
-    ours = outcome(FusedLinearGRPOLoss(loss_type=loss_type), rounded)
+    ours = outcome(module, rounded)
     assert ours[0].dtype == torch.float32 and ours[2][0].dtype == torch.bfloat16
-    for a, b, want in zip(
-        [ours[0], *ours[2]], [theirs[0], *theirs[2]], [exact[0], *exact[2]], strict=True
-    ):
+    assert (ours[0] - exact[0]).abs() <= (theirs[0] - exact[0]).abs() + 1e-5
+    for a, b, want in zip(ours[2], theirs[2], exact[2], strict=True):
         error, allowed = ((x.float() - want).abs().max() for x in (a, b))
-        assert error <= 1.5 * allowed + 1e-3 * want.abs().max()
+        assert error <= allowed + 2**-8 * want.abs().max()
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -1,8 +1,8 @@
 """Liger-Kernel's fused linear GRPO loss (its 0.8.5 signature) over our ops.
 
 Code that takes ``liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss`` takes :class:`FusedLinearGRPOLoss`; Liger
-need not be installed. Two things differ: padding never reaches the head, and with a frozen head there are two GEMM
-passes where Liger has three.
+need not be installed. What differs: padding never reaches the head; with a frozen head there are two GEMM passes
+where Liger has three; with 16-bit weights the gradient of the logits is rounded to their dtype before its GEMM.
 """
 
 from __future__ import annotations
