@@ -1,0 +1,1 @@
+"""Our ops inside other trainers; each module imports its trainer only when used."""
