@@ -8,6 +8,7 @@
 #   PIP_ARGS="..."             anything else for pip install
 #   TESTS="-k merge -x"        arguments for pytest
 #   WORKERS=2                  test processes, each of up to 2 GB
+#   VERL=                      leave out the tests against verl, and its 270 MB
 #   SKIP_DISK_CHECK=1          install with less than 6 GB free
 
 PYTHON ?=
@@ -18,6 +19,7 @@ TORCH_INDEX ?=
 PIP_ARGS ?=
 TESTS ?=
 WORKERS ?= 2
+VERL ?= yes
 SKIP_DISK_CHECK ?=
 
 VENV := .venv
@@ -37,11 +39,23 @@ help:
 demo: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/mmedx run $(CONFIG) $(ARGS)
 
+# verl and what it imports, in a folder of their own: it asks for an older transformers, and its wheel holds a
+# top-level package `tests`. VERL= leaves its tests out.
+$(VENV)/verl/.installed: requirements/verl.txt $(VENV)/.created
+	$(BIN)/python -m pip install $(INDEX) $(PIP_ARGS) --no-deps --target $(VENV)/verl -r $<
+	@rm -rf $(VENV)/verl/tests $(VENV)/verl/scripts
+	@touch $@
+
 # The bare pytest, not python -m pytest: that would put this folder, and with it the name
 # `kernels`, first on the path (CONTRIBUTING.md, "Layout"). One thread: the tensors are small, and
 # OpenMP threads that wait for a busy core make a loaded machine many times slower.
-test: $(WITH_DEV)
+test: $(WITH_DEV) $(if $(VERL),$(VENV)/verl/.installed)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=10 $(TESTS)
+ifneq ($(VERL),)
+ifeq ($(TESTS),)
+	PYTHONPATH=$(CURDIR)/$(VENV)/verl OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -q tests/test_verl.py
+endif
+endif
 
 lint: $(WITH_DEV)
 	$(BIN)/ruff check .

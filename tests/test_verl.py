@@ -14,7 +14,7 @@ from mmedx_fast.integrations import verl as ours
 
 needs_verl = pytest.mark.skipif(
     find_spec("verl") is None,
-    reason="verl is not installed: pip install --no-deps --target .venv/verl -r tests/verl-requirements.txt, "
+    reason="verl is not installed: pip install --no-deps --target .venv/verl -r requirements/verl.txt, "
     "rm -r .venv/verl/{tests,scripts}, PYTHONPATH=.venv/verl pytest tests/test_verl.py",
 )
 
