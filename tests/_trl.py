@@ -16,7 +16,8 @@ from mmedx_fast.tiny import assets_folder
 
 # No test here generates with vLLM, and importing it takes longer than all of them.
 with mock.patch("trl.import_utils.is_vllm_available", lambda *_, **__: False):
-    import trl.trainer.grpo_trainer  # noqa: F401
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
 PROMPT, COMPLETION, ROWS = 9, 6, 4
 LORA = {
@@ -72,8 +73,6 @@ def with_lora(model: Any, seed: int = 1, **options: Any) -> Any:
 
 
 def config(folder: Any, **options: Any) -> Any:
-    from trl import GRPOConfig
-
     given: dict[str, Any] = {
         "per_device_train_batch_size": ROWS,
         "num_generations": ROWS,
@@ -100,7 +99,6 @@ def length_reward(completions: Any, **_: Any) -> list[float]:
 
 def trainer(model: Any, args: Any, cls: Any = None, **options: Any) -> Any:
     from datasets import Dataset
-    from trl import GRPOTrainer
 
     rows = {"prompt": ["a b c", "fever", "what is it", "cough"]}
     options.setdefault("train_dataset", Dataset.from_dict(rows))
@@ -145,7 +143,7 @@ def batch(made: Any, seed: int = 0, *, images: bool = False, **given: Any) -> di
     if images:
         types = extra["mm_token_type_ids"]
         out["mm_token_type_ids"] = torch.cat([types, types.new_zeros(completion.shape)], 1)
-    logps = _own_logprobs(made, out)
+    logps = own_logprobs(made, out)
     for name, spread in (
         ("old_per_token_logps", 0.3),
         ("ref_per_token_logps", 0.4),
@@ -156,7 +154,8 @@ def batch(made: Any, seed: int = 0, *, images: bool = False, **given: Any) -> di
     return {**out, **given}
 
 
-def _own_logprobs(made: Any, out: dict[str, Any]) -> torch.Tensor:
+def own_logprobs(made: Any, out: dict[str, Any]) -> torch.Tensor:
+    """[B, C] log-probs of the completions, as this trainer scores them."""
     ids = torch.cat([out["prompt_ids"], out["completion_ids"]], 1)
     attention = torch.cat([out["prompt_mask"], out["completion_mask"]], 1)
     names = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
@@ -168,14 +167,14 @@ def _own_logprobs(made: Any, out: dict[str, Any]) -> torch.Tensor:
 
 
 @functools.cache
-def _pictures() -> tuple[Any, ...]:
+def pictures() -> tuple[Any, ...]:
     return tuple(Image.new("RGB", (112, 112), (40 * i, 90, 200 - 40 * i)) for i in range(ROWS))
 
 
 def _images() -> dict[str, Any]:
     marks = "<|vision_start|><|image_pad|><|vision_end|>"
     made = processor()(
-        images=[[image] for image in _pictures()], text=[marks] * ROWS, return_tensors="pt"
+        images=[[image] for image in pictures()], text=[marks] * ROWS, return_tensors="pt"
     )
     types = torch.cat([made["mm_token_type_ids"], torch.zeros(ROWS, PROMPT, dtype=torch.long)], 1)
     return {
