@@ -72,6 +72,26 @@ def with_lora(model: Any, seed: int = 1, **options: Any) -> Any:
     return get_peft_model(model, LoraConfig(**{**LORA, **options}))
 
 
+def with_prompt(model: Any) -> Any:
+    """Three trained virtual tokens before every prompt."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    torch.manual_seed(2)
+    return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def moe_model() -> Any:
+    """Two of three experts a token, with a load-balancing loss."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
+    vocab = len(processor().tokenizer)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocab, **sizes, **heads, **experts))
+
+
 def config(folder: Any, **options: Any) -> Any:
     given: dict[str, Any] = {
         "per_device_train_batch_size": ROWS,
@@ -162,7 +182,7 @@ def own_logprobs(made: Any, out: dict[str, Any]) -> torch.Tensor:
     given = {name: out[name] for name in names if name in out}
     with torch.no_grad():
         return made._get_per_token_logps_and_entropies(
-            made.model, ids, attention, COMPLETION, **given
+            made.model, ids, attention, out["completion_ids"].shape[1], **given
         )[0]
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from mmedx_fast.integrations import trl as integration
 from mmedx_fast.integrations._trl_head import attached
 from mmedx_fast.integrations.trl import use_fused_head
 from tests import _trl
@@ -125,6 +130,9 @@ MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 KINDS = {
     "lora": lambda: _trl.with_lora(_trl.text_model()),
     "tied": lambda: _trl.text_model(tie_word_embeddings=True),
+    "head_too": lambda: _trl.with_lora(_trl.text_model(), modules_to_save=["lm_head"]),
+    "prompt_lora": lambda: _trl.with_prompt(_trl.text_model()),
+    "moe": _trl.moe_model,
     "vlm": _trl.vlm_model,
     "vlm_lora": lambda: _trl.with_lora(_trl.vlm_model()),
 }
@@ -133,7 +141,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_tied_heads_and_images(tmp_path: Any, kind: str) -> None:
     options = {"temperature": 0.8, "beta": 0.05, "top_entropy_quantile": 0.7}
-    if kind in ("tied", "vlm"):  # TRL would load a reference from a folder
+    if kind in ("tied", "vlm", "moe"):  # TRL would load a reference from a folder
         options["beta"] = 0.0
     stock, fused = pair(tmp_path, KINDS[kind], **options)
     given = prepare(stock, {"ref": True}, images=kind.startswith("vlm"))
@@ -141,6 +149,7 @@ def test_adapters_tied_heads_and_images(tmp_path: Any, kind: str) -> None:
     assert_same(want, got, 1e-4 if kind.startswith("vlm") else 1e-5)
     heads = [name for name in got[1] if "lm_head" in name or "embed_tokens" in name]
     assert bool(heads) != kind.endswith("lora"), "a trained head has a gradient, a frozen one none"
+    assert ("aux_loss" in want[2]) == (kind == "moe")
 
 
 def gappy_reward(completions: Any, **_: Any) -> list[float | None]:
@@ -149,9 +158,7 @@ def gappy_reward(completions: Any, **_: Any) -> list[float | None]:
 
 
 def trained(folder: Any, fused: bool, resume: Any = None, **options: Any) -> Any:
-    args = _trl.config(
-        folder, max_steps=3, save_strategy="steps", save_steps=2, save_total_limit=1, **options
-    )
+    args = _trl.config(folder, max_steps=3, save_strategy="steps", save_steps=2, **options)
     rewards = [_trl.length_reward, gappy_reward]
     made = _trl.trainer(_trl.with_lora(_trl.text_model()), args, reward_funcs=rewards)
     if fused:
@@ -161,7 +168,9 @@ def trained(folder: Any, fused: bool, resume: Any = None, **options: Any) -> Any
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_iterations": 2, "beta": 0.1, "temperature": 1.2}], ids=["plain", "reused"]
+    "options",
+    [{}, {"num_iterations": 2, "beta": 0.1, "temperature": 1.2, "gradient_checkpointing": True}],
+    ids=["plain", "reused"],
 )
 def test_a_training_is_that_of_trl_and_resumes(tmp_path: Any, options: dict[str, Any]) -> None:
     stock = trained(tmp_path / "stock", False, **options)
@@ -178,7 +187,8 @@ def assert_same_training(a: Any, b: Any) -> None:
         a.model.named_parameters(), b.model.named_parameters(), strict=True
     ):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=name)
-        assert p.requires_grad != p.equal(start[name])
+        if name in start:  # not the copy that is the reference
+            assert p.requires_grad != p.equal(start[name]), name
     timed = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
     for one, two in zip(a.state.log_history, b.state.log_history, strict=True):
         assert one.keys() == two.keys() and "entropy" in one or "train_loss" in one
@@ -231,7 +241,7 @@ def test_the_reference_of_an_adapter(tmp_path: Any, adapter: str) -> None:
     stock.rollout_func = fused.rollout_func = canned
     want, got = (scored(made, 4) for made in (stock, fused))
     assert want[0].keys() == got[0].keys() and "ref_per_token_logps" in got[0]
-    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[0], want[0], equal_nan=True)
     with torch.no_grad():
         assert not torch.allclose(got[0]["ref_per_token_logps"], _trl.own_logprobs(fused, got[0]))
 
@@ -268,7 +278,7 @@ def test_corrections_for_the_rollout_engine(tmp_path: Any, mode: str) -> None:
         made.rollout_func = canned
         outputs.append(scored(made, 4))
     (want, logged), (got, also) = outputs
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, want, equal_nan=True)
     assert logged.keys() == also.keys()
     for name, values in logged.items():
         assert also[name] == pytest.approx(values, rel=1e-4, nan_ok=True), name
@@ -334,3 +344,127 @@ def exact_logprobs(made: Any, given: dict[str, Any], autocast: bool) -> torch.Te
     weight = made.model.lm_head.weight.bfloat16().double()
     logits = hidden.bfloat16().double()[:, :-1] @ weight.T / made.temperature
     return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, -_trl.COMPLETION :, 0]
+
+
+def refused(message: str, made: Any, error: Any = ValueError) -> None:
+    with pytest.raises(error, match=message):
+        use_fused_head(made)
+    model = getattr(made, "model", None)
+    assert model is None or attached(model) is None
+
+
+def test_what_it_cannot_help_is_refused_by_name(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fresh(model: Any = None, cls: Any = None, **options: Any) -> Any:
+        return _trl.trainer(model or _trl.text_model(), _trl.config(tmp_path, **options), cls)
+
+    refused("takes a trl.GRPOTrainer, not SimpleNamespace", SimpleNamespace(), TypeError)
+
+    class Own(_trl.GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError
+
+    refused("Own overrides _get_per_token_logps", fresh(cls=Own))
+    made = fresh()
+    made.args.use_liger_kernel = True
+    refused("set use_liger_kernel=False", made)
+
+    made = fresh()
+    made.is_fsdp_enabled = True
+    monkeypatch.setitem(
+        made.accelerator.state.__dict__, "fsdp_plugin", SimpleNamespace(fsdp_version=1)
+    )
+    refused("set fsdp_version=2", made)
+
+    made = fresh()
+    made.model.get_output_embeddings = lambda: None
+    refused(r"Qwen2ForCausalLM.get_output_embeddings\(\) gives no module", made)
+    made = fresh()
+    monkeypatch.setattr(type(made.model), "base_model_prefix", "absent")
+    refused("Qwen2ForCausalLM has no backbone apart from its head", made)
+    monkeypatch.undo()
+
+    made = fresh()
+    made.model.lm_head.weight = torch.nn.Parameter(
+        torch.zeros_like(made.model.lm_head.weight).to(torch.int8), requires_grad=False
+    )
+    refused("head holds torch.int8 .*llm_int8_skip_modules", made)
+    made = fresh()
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["lm_head"]), made.model)
+    refused(r"Qwen2ForCausalLM: Linear is a head with active LoRA adapters \(default\)", made)
+
+    for name, value in (
+        ("logit_scale", -1.0),
+        ("logit_scale", "inv_sqrt_d_model"),
+        ("final_logit_softcapping", 0.0),
+    ):
+        made = fresh()
+        setattr(made.model.config, name, value)
+        refused(f"{name}={value!r}", made)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("full", {}, "a trained"),
+        ("lora", {"entropy_coef": 0.1}, "entropy_coef"),
+        ("lora", {}, None),
+    ],
+    ids=["trained head", "bonus", "adapters"],
+)
+def test_partitioned_weights(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, kind: str, options: Any, reason: str | None
+) -> None:
+    """ZeRO-3: what would need the weight in backward is refused; adapters run, the head gathered for the forward."""
+    import transformers.integrations.deepspeed as deepspeed
+
+    make = _trl.text_model if kind == "full" else KINDS["lora"]
+    stock, made = (_trl.trainer(make(), _trl.config(tmp_path, **options)) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(deepspeed, "is_deepspeed_zero3_enabled", lambda: True)
+        made.is_deepspeed_enabled = True
+        if reason is not None:
+            refused(f"{reason}.* under ZeRO stage 3 .*use ZeRO stage 2", made)
+            return
+        use_fused_head(made)
+    made.is_deepspeed_enabled = False
+    assert attached(_trl.inner(made)).partitioned
+    weight, gathered = _trl.inner(made).lm_head.weight, []
+    whole, weight.data = weight.data, torch.empty(0)
+
+    @contextmanager
+    def gather(*parameters: Any) -> Any:
+        """As ZeRO-3 does: the weight is there inside and nowhere else."""
+        gathered.append([id(p) for p in parameters] == [id(weight)])
+        weight.data = whole
+        yield
+        weight.data = torch.empty(0)
+
+    monkeypatch.setattr("trl.trainer.utils.maybe_gather_lm_head_ctx", gather)
+    given = prepare(stock, {})
+    got = _trl.measured(made, given)
+    assert gathered == [True]
+    assert_same(_trl.measured(stock, given), got)
+
+
+def test_without_trl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ImportError, match=r"pip install 'mmedx-fast\[trl\]'"):
+        use_fused_head(None)
+    monkeypatch.undo()
+    monkeypatch.delattr("trl.trainer.utils.FusedCausalLMOutput")
+    with pytest.raises(ImportError, match="needs trl 1.16"):
+        integration.GuidelineGRPOTrainer  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'Guideline'"):
+        integration.Guideline  # noqa: B018
+
+
+def test_importing_the_integration_is_light() -> None:
+    code = (
+        "import sys, mmedx_fast.integrations.trl as t; t.use_fused_head; "
+        "print(sorted(set(sys.modules) & {'trl', 'transformers', 'peft', 'datasets', 'torch'}))"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == "[]"
