@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from PIL import Image
 
+from mmedx_fast.integrations._trl_head import attached
+from mmedx_fast.integrations.trl import use_fused_head
 from mmedx_fast.tiny import assets_folder
 
 # No test here generates with vLLM, and importing it takes longer than all of them.
@@ -70,6 +73,10 @@ def with_lora(model: Any, seed: int = 1, **options: Any) -> Any:
 
     torch.manual_seed(seed)
     return get_peft_model(model, LoraConfig(**{**LORA, **options}))
+
+
+def lora_model() -> Any:
+    return with_lora(text_model())
 
 
 def with_prompt(model: Any) -> Any:
@@ -224,3 +231,39 @@ def inner(made: Any) -> Any:
     """The model whose forward is replaced."""
     base = getattr(made.model, "get_base_model", None)
     return made.model if base is None else base()
+
+
+def pair(tmp_path: Any, make: Any = text_model, **options: Any) -> tuple[Any, Any]:
+    """TRL's trainer and one with our head, around models of the same weights."""
+    stock = trainer(make(), config(tmp_path, **options))
+    fused = use_fused_head(trainer(make(), config(tmp_path, **options)))
+    for made in (stock, fused):
+        made._metrics["train"].clear()
+    assert attached(inner(fused)) is not None and attached(inner(stock)) is None
+    return stock, fused
+
+
+def assert_same(a: Any, b: Any, tolerance: float = 1e-5) -> None:
+    """Loss, gradients and logged metrics of two ``measured`` calls."""
+    torch.testing.assert_close(a[0], b[0], rtol=tolerance, atol=tolerance)
+    assert a[1].keys() == b[1].keys() and len(a[1]) > 0
+    for name in a[1]:
+        bound = tolerance * max(1.0, a[1][name].abs().max().item())
+        torch.testing.assert_close(b[1][name], a[1][name], rtol=0, atol=bound, msg=name)
+    assert list(a[2]) == list(b[2])
+    for name, values in a[2].items():
+        assert b[2][name] == pytest.approx(values, rel=tolerance, abs=tolerance, nan_ok=True), name
+
+
+def prepare(stock: Any, wanted: dict[str, Any], **more: Any) -> dict[str, Any]:
+    wanted = {**wanted, **more}
+    ratio, tools = wanted.pop("ratio", None), wanted.pop("tool_mask", False)
+    given = batch(stock, **wanted)
+    shape = given["completion_ids"].shape
+    if ratio is not None:
+        weights = torch.rand(shape, generator=torch.Generator().manual_seed(3)) + 0.5
+        given["importance_sampling_ratio"] = weights if ratio == "token" else weights[:, :1]
+    if tools:
+        given["tool_mask"] = torch.ones(shape, dtype=torch.long)
+        given["tool_mask"][:, 1] = 0
+    return given

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import itertools
-import subprocess
-import sys
-from contextlib import contextmanager
-from types import SimpleNamespace
+import textwrap
 from typing import Any
 
 import pytest
@@ -14,34 +13,12 @@ import torch
 
 pytest.importorskip("trl")
 
-from mmedx_fast.integrations import trl as integration
 from mmedx_fast.integrations._trl_head import attached
 from mmedx_fast.integrations.trl import use_fused_head
 from tests import _trl
 
+MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-
-
-def pair(tmp_path: Any, make: Any = _trl.text_model, **options: Any) -> tuple[Any, Any]:
-    """TRL's trainer and one with our head, around models of the same weights."""
-    stock = _trl.trainer(make(), _trl.config(tmp_path, **options))
-    fused = use_fused_head(_trl.trainer(make(), _trl.config(tmp_path, **options)))
-    for made in (stock, fused):
-        made._metrics["train"].clear()
-    assert attached(_trl.inner(fused)) is not None and attached(_trl.inner(stock)) is None
-    return stock, fused
-
-
-def assert_same(a: Any, b: Any, tolerance: float = 1e-5) -> None:
-    """Loss, gradients and logged metrics of two ``measured`` calls."""
-    torch.testing.assert_close(a[0], b[0], rtol=tolerance, atol=tolerance)
-    assert a[1].keys() == b[1].keys() and len(a[1]) > 0
-    for name in a[1]:
-        bound = tolerance * max(1.0, a[1][name].abs().max().item())
-        torch.testing.assert_close(b[1][name], a[1][name], rtol=0, atol=bound, msg=name)
-    assert list(a[2]) == list(b[2])
-    for name, values in a[2].items():
-        assert b[2][name] == pytest.approx(values, rel=tolerance, abs=tolerance, nan_ok=True), name
 
 
 def grid() -> Any:
@@ -78,57 +55,54 @@ def grid() -> Any:
             )
 
 
-def prepare(stock: Any, wanted: dict[str, Any], **more: Any) -> dict[str, Any]:
-    wanted = {**wanted, **more}
-    ratio, tools = wanted.pop("ratio", None), wanted.pop("tool_mask", False)
-    given = _trl.batch(stock, **wanted)
-    shape = given["completion_ids"].shape
-    if ratio is not None:
-        weights = torch.rand(shape, generator=torch.Generator().manual_seed(3)) + 0.5
-        given["importance_sampling_ratio"] = weights if ratio == "token" else weights[:, :1]
-    if tools:
-        given["tool_mask"] = torch.ones(shape, dtype=torch.long)
-        given["tool_mask"][:, 1] = 0
-    return given
-
-
 @pytest.mark.parametrize(("options", "wanted"), list(grid()))
 def test_loss_gradients_and_metrics_are_those_of_trl(
     tmp_path: Any, options: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
-    stock, fused = pair(tmp_path, **options)
-    given = prepare(stock, wanted)
+    stock, fused = _trl.pair(tmp_path, **options)
+    given = _trl.prepare(stock, wanted)
     for made in (stock, fused):
         made.use_vllm = "ratio" in wanted
     for _ in range(1 + ("adaptive" in str(options))):  # the controller's second step has a bonus
         want, got = _trl.measured(stock, given), _trl.measured(fused, given)
-        assert_same(want, got)
+        _trl.assert_same(want, got)
     assert (stock.entropy_coef, stock._last_world_entropy) == pytest.approx(
         (fused.entropy_coef, fused._last_world_entropy)
     )
     assert want[2]["entropy"][0] > 0.1
 
 
-def test_the_grid_has_every_option_of_this_trl() -> None:
-    """A new loss type or mode of TRL must be looked at before it counts as supported."""
-    import dataclasses
+@pytest.mark.parametrize(
+    ("method", "option", "known"),
+    [
+        ("_compute_loss", "loss_type", LOSS_TYPES),
+        ("_compute_loss", "importance_sampling_level", ("token", "sequence")),
+        ("_generate_and_score_completions", "vllm_importance_sampling_mode", MODES),
+        ("_generate_and_score_completions", "scale_rewards", ("group", "batch", "none")),
+        (
+            "_generate_and_score_completions",
+            "multi_objective_aggregation",
+            ("sum_then_normalize", "normalize_then_sum"),
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_the_grid_has_every_option_of_this_trl(method: str, option: str, known: Any) -> None:
+    """What TRL's code compares the option with: a new value must be looked at before it counts as supported."""
+    source = textwrap.dedent(inspect.getsource(getattr(_trl.GRPOTrainer, method)))
+    found = {
+        node.value
+        for compare in ast.walk(ast.parse(source))
+        if isinstance(compare, ast.Compare) and getattr(compare.left, "attr", "") == option
+        for other in compare.comparators
+        for node in ast.walk(other)
+        if isinstance(node, ast.Constant)
+    }
+    assert found == set(known)
 
-    from trl import GRPOConfig
 
-    text = {f.name: f.metadata["help"] for f in dataclasses.fields(GRPOConfig) if f.metadata}
-    for name, known in {
-        "loss_type": LOSS_TYPES,
-        "importance_sampling_level": ("token", "sequence"),
-        "scale_rewards": ("group", "batch", "none"),
-        "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-        "vllm_importance_sampling_mode": MODES,
-    }.items():
-        assert all(option in text[name] for option in known), name
-
-
-MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 KINDS = {
-    "lora": lambda: _trl.with_lora(_trl.text_model()),
+    "lora": _trl.lora_model,
     "tied": lambda: _trl.text_model(tie_word_embeddings=True),
     "head_too": lambda: _trl.with_lora(_trl.text_model(), modules_to_save=["lm_head"]),
     "prompt_lora": lambda: _trl.with_prompt(_trl.text_model()),
@@ -143,10 +117,10 @@ def test_adapters_tied_heads_and_images(tmp_path: Any, kind: str) -> None:
     options = {"temperature": 0.8, "beta": 0.05, "top_entropy_quantile": 0.7}
     if kind in ("tied", "vlm", "moe"):  # TRL would load a reference from a folder
         options["beta"] = 0.0
-    stock, fused = pair(tmp_path, KINDS[kind], **options)
-    given = prepare(stock, {"ref": True}, images=kind.startswith("vlm"))
+    stock, fused = _trl.pair(tmp_path, KINDS[kind], **options)
+    given = _trl.prepare(stock, {"ref": True}, images=kind.startswith("vlm"))
     want, got = _trl.measured(stock, given), _trl.measured(fused, given)
-    assert_same(want, got, 1e-4 if kind.startswith("vlm") else 1e-5)
+    _trl.assert_same(want, got, 1e-4 if kind.startswith("vlm") else 1e-5)
     heads = [name for name in got[1] if "lm_head" in name or "embed_tokens" in name]
     assert bool(heads) != kind.endswith("lora"), "a trained head has a gradient, a frozen one none"
     assert ("aux_loss" in want[2]) == (kind == "moe")
@@ -160,7 +134,7 @@ def gappy_reward(completions: Any, **_: Any) -> list[float | None]:
 def trained(folder: Any, fused: bool, resume: Any = None, **options: Any) -> Any:
     args = _trl.config(folder, max_steps=3, save_strategy="steps", save_steps=2, **options)
     rewards = [_trl.length_reward, gappy_reward]
-    made = _trl.trainer(_trl.with_lora(_trl.text_model()), args, reward_funcs=rewards)
+    made = _trl.trainer(_trl.lora_model(), args, reward_funcs=rewards)
     if fused:
         use_fused_head(made)
     made.train(resume_from_checkpoint=resume)
@@ -182,7 +156,7 @@ def test_a_training_is_that_of_trl_and_resumes(tmp_path: Any, options: dict[str,
 
 
 def assert_same_training(a: Any, b: Any) -> None:
-    start = {name: p for name, p in _trl.with_lora(_trl.text_model()).named_parameters()}
+    start = {name: p for name, p in _trl.lora_model().named_parameters()}
     for (name, p), (_, q) in zip(
         a.model.named_parameters(), b.model.named_parameters(), strict=True
     ):
@@ -216,8 +190,8 @@ def test_the_second_call_and_other_calls_of_the_model(tmp_path: Any) -> None:
 
 
 def test_a_batch_without_a_counted_token_is_a_zero_that_backward_takes(tmp_path: Any) -> None:
-    stock, fused = pair(tmp_path, mask_truncated_completions=True)
-    given = prepare(stock, {})
+    stock, fused = _trl.pair(tmp_path, mask_truncated_completions=True)
+    given = _trl.prepare(stock, {})
     given["completion_mask"] = torch.zeros_like(given["completion_mask"])
     want, got = _trl.measured(stock, given), _trl.measured(fused, given)
     assert got[0] == want[0] == 0 and all(not g.any() for g in got[1].values())
@@ -229,10 +203,10 @@ def test_the_reference_of_an_adapter(tmp_path: Any, adapter: str) -> None:
     """A new adapter's reference is the base, a loaded one's its copy; a full model has a second one."""
     options: dict[str, Any] = {"beta": 0.1}
     if adapter == "loaded":
-        stock, fused = pair(tmp_path, lambda: _trl.with_lora(_trl.text_model()), **options)
+        stock, fused = _trl.pair(tmp_path, _trl.lora_model, **options)
         assert "ref" in fused.model.peft_config
     else:
-        stock, fused = pair(tmp_path, **options)
+        stock, fused = _trl.pair(tmp_path, **options)
         assert attached(fused.ref_model).entropy is False
     with torch.no_grad():  # away from the reference
         for made in (stock, fused):
@@ -251,7 +225,9 @@ def canned(prompts: list[Any], made: Any) -> dict[str, Any]:
     completions = [
         torch.randint(10, 200, (3 + i % 3,), generator=g).tolist() for i, _ in enumerate(prompts)
     ]
-    logprobs = [[-6.0 - 3 * torch.rand((), generator=g).item() for _ in c] for c in completions]
+    logprobs: list[list[Any]] = [
+        [-6.0 - 3 * torch.rand((), generator=g).item() for _ in c] for c in completions
+    ]
     logprobs[1][0] = None  # vLLM could not say
     return {
         "prompt_ids": [[30 + i, 40] for i, _ in enumerate(prompts)],
@@ -271,7 +247,7 @@ def scored(made: Any, rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_corrections_for_the_rollout_engine(tmp_path: Any, mode: str) -> None:
     """Old log-probs, ratios and their metrics from the head, then the loss on them."""
     clip = {"vllm_importance_sampling_clip_max": 2.0, "vllm_importance_sampling_clip_min": 0.3}
-    stock, fused = pair(tmp_path, vllm_importance_sampling_mode=mode, **clip)
+    stock, fused = _trl.pair(tmp_path, vllm_importance_sampling_mode=mode, **clip)
     outputs = []
     for made in (stock, fused):
         made.use_vllm, made._last_loaded_step = True, 0
@@ -284,7 +260,7 @@ def test_corrections_for_the_rollout_engine(tmp_path: Any, mode: str) -> None:
         assert also[name] == pytest.approx(values, rel=1e-4, nan_ok=True), name
     ratios = want["importance_sampling_ratio"]
     assert ratios.shape == ((4, 1) if "sequence" in mode else want["completion_ids"].shape)
-    assert_same(_trl.measured(stock, want), _trl.measured(fused, want))
+    _trl.assert_same(_trl.measured(stock, want), _trl.measured(fused, want))
 
 
 @pytest.mark.parametrize(
@@ -306,9 +282,9 @@ def test_capped_and_scaled_logits(tmp_path: Any, extra: dict[str, float]) -> Non
             setattr(model.config, name, value)
         return model
 
-    stock, fused = pair(tmp_path, make, temperature=0.8, entropy_coef=0.1)
-    given = prepare(stock, {})
-    assert_same(_trl.measured(stock, given), _trl.measured(fused, given))
+    stock, fused = _trl.pair(tmp_path, make, temperature=0.8, entropy_coef=0.1)
+    given = _trl.prepare(stock, {})
+    _trl.assert_same(_trl.measured(stock, given), _trl.measured(fused, given))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
@@ -319,8 +295,8 @@ def test_sixteen_bits(tmp_path: Any, autocast: bool, fp32_head: bool) -> None:
     def make() -> Any:
         return _trl.text_model().to(torch.float32 if autocast else torch.bfloat16)
 
-    stock, fused = pair(tmp_path, make, cast_lm_head_to_fp32=fp32_head, bf16=autocast)
-    given = prepare(stock, {})
+    stock, fused = _trl.pair(tmp_path, make, cast_lm_head_to_fp32=fp32_head, bf16=autocast)
+    given = _trl.prepare(stock, {})
     with torch.no_grad():
         want, got = _trl.own_logprobs(stock, given), _trl.own_logprobs(fused, given)
     mask = given["completion_mask"].bool()
@@ -344,164 +320,3 @@ def exact_logprobs(made: Any, given: dict[str, Any], autocast: bool) -> torch.Te
     weight = made.model.lm_head.weight.bfloat16().double()
     logits = hidden.bfloat16().double()[:, :-1] @ weight.T / made.temperature
     return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, -_trl.COMPLETION :, 0]
-
-
-def refused(message: str, made: Any, error: Any = ValueError) -> None:
-    with pytest.raises(error, match=message):
-        use_fused_head(made)
-    model = getattr(made, "model", None)
-    assert model is None or attached(model) is None
-
-
-def test_what_it_cannot_help_is_refused_by_name(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fresh(model: Any = None, cls: Any = None, **options: Any) -> Any:
-        return _trl.trainer(model or _trl.text_model(), _trl.config(tmp_path, **options), cls)
-
-    refused("takes a trl.GRPOTrainer, not SimpleNamespace", SimpleNamespace(), TypeError)
-
-    class Own(_trl.GRPOTrainer):
-        def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-            raise AssertionError
-
-    refused("Own overrides _get_per_token_logps", fresh(cls=Own))
-    made = fresh()
-    made.args.use_liger_kernel = True
-    refused("set use_liger_kernel=False", made)
-
-    made = fresh()
-    made.is_fsdp_enabled = True
-    monkeypatch.setitem(
-        made.accelerator.state.__dict__, "fsdp_plugin", SimpleNamespace(fsdp_version=1)
-    )
-    refused("set fsdp_version=2", made)
-
-    made = fresh()
-    made.model.get_output_embeddings = lambda: None
-    refused(r"Qwen2ForCausalLM.get_output_embeddings\(\) gives no module", made)
-    made = fresh()
-    monkeypatch.setattr(type(made.model), "base_model_prefix", "absent")
-    refused("Qwen2ForCausalLM has no backbone apart from its head", made)
-    monkeypatch.undo()
-
-    made = fresh()
-    made.model.lm_head.weight = torch.nn.Parameter(
-        torch.zeros_like(made.model.lm_head.weight).to(torch.int8), requires_grad=False
-    )
-    refused("head holds torch.int8 .*llm_int8_skip_modules", made)
-    made = fresh()
-    peft = pytest.importorskip("peft")
-    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["lm_head"]), made.model)
-    refused(r"Qwen2ForCausalLM: Linear is a head with active LoRA adapters \(default\)", made)
-
-    for name, value in (
-        ("logit_scale", -1.0),
-        ("logit_scale", "inv_sqrt_d_model"),
-        ("final_logit_softcapping", 0.0),
-    ):
-        made = fresh()
-        setattr(made.model.config, name, value)
-        refused(f"{name}={value!r}", made)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "reason"),
-    [
-        ("full", {}, "a trained"),
-        ("lora", {"entropy_coef": 0.1}, "entropy_coef"),
-        ("lora", {}, None),
-    ],
-    ids=["trained head", "bonus", "adapters"],
-)
-def test_partitioned_weights(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, kind: str, options: Any, reason: str | None
-) -> None:
-    """ZeRO-3: what would need the weight in backward is refused; adapters run, the head gathered for the forward."""
-    import transformers.integrations.deepspeed as deepspeed
-
-    make = _trl.text_model if kind == "full" else KINDS["lora"]
-    stock, made = (_trl.trainer(make(), _trl.config(tmp_path, **options)) for _ in range(2))
-    with monkeypatch.context() as patch:
-        patch.setattr(deepspeed, "is_deepspeed_zero3_enabled", lambda: True)
-        made.is_deepspeed_enabled = True
-        if reason is not None:
-            refused(f"{reason}.* under ZeRO stage 3 .*use ZeRO stage 2", made)
-            return
-        use_fused_head(made)
-    made.is_deepspeed_enabled = False
-    assert attached(_trl.inner(made)).partitioned
-    weight, gathered = _trl.inner(made).lm_head.weight, []
-    whole, weight.data = weight.data, torch.empty(0)
-
-    @contextmanager
-    def gather(*parameters: Any) -> Any:
-        """As ZeRO-3 does: the weight is there inside and nowhere else."""
-        gathered.append([id(p) for p in parameters] == [id(weight)])
-        weight.data = whole
-        yield
-        weight.data = torch.empty(0)
-
-    given = prepare(stock, {})
-    monkeypatch.setattr("trl.trainer.utils.maybe_gather_lm_head_ctx", gather)
-    got = _trl.measured(made, given)
-    assert gathered == [True]
-    monkeypatch.undo()
-    assert_same(_trl.measured(stock, given), got)
-
-
-def test_without_trl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(ImportError, match=r"pip install 'mmedx-fast\[trl\]'"):
-        use_fused_head(None)
-    monkeypatch.undo()
-    monkeypatch.delattr("trl.trainer.utils.FusedCausalLMOutput")
-    with pytest.raises(ImportError, match="needs trl 1.16"):
-        integration.GuidelineGRPOTrainer  # noqa: B018
-    with pytest.raises(AttributeError, match="has no attribute 'Guideline'"):
-        integration.Guideline  # noqa: B018
-
-
-def test_importing_the_integration_is_light() -> None:
-    code = (
-        "import sys, mmedx_fast.integrations.trl as t; t.use_fused_head; "
-        "print(sorted(set(sys.modules) & {'trl', 'transformers', 'peft', 'datasets', 'torch'}))"
-    )
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert made.stdout.strip() == "[]"
-
-
-def test_peak_memory_against_trl() -> None:
-    """512 completion tokens, 32,000 words, little body: a quarter of what whole logits take, half of TRL's chunks."""
-    from bench.trl_head import measure
-
-    heads = ("eager", "chunked", "ours")
-    found = {head: measure(head, 32_000, 4, 128, layers=1) for head in heads}
-    loss, ours = found["ours"]
-    for other in ("eager", "chunked"):
-        assert found[other][0] == pytest.approx(loss, rel=1e-4, abs=1e-6)
-    assert found["eager"][1] > 4 * ours
-    assert found["chunked"][1] > 2 * ours
-    assert ours > 4 * 32_000 * 128, "a tile of logits at least was seen"
-
-
-def test_sharded_by_fsdp2(tmp_path: Any) -> None:
-    """The head's weight is a DTensor, gathered for the product; its gradient is one again."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    trainers = pair(tmp_path)
-    given, found = prepare(trainers[0], {}), []
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for made in trainers:
-            fully_shard(made.model, mesh=mesh)
-            loss, grads, metrics = _trl.measured(made, given)
-            assert hasattr(grads["lm_head.weight"], "full_tensor")
-            whole = {name: grad.full_tensor() for name, grad in grads.items()}
-            found.append((loss, whole, metrics))
-    finally:
-        dist.destroy_process_group()
-    assert_same(*found)

@@ -312,10 +312,8 @@ def test_own_instructions_and_the_head_that_can_be_left_out(tmp_path: Any) -> No
     made = make(tmp_path, guidelines={"short": "Be brief.", "long": "Be long."}, fused_head=False)
     assert attached(made.model) is None
     assert attached(make(tmp_path, guidelines=TWO).model) is not None
-    seen: list[str] = []
-    made.reward_funcs[0] = lambda prompts, **_: seen.extend(prompts) or [0.0] * len(prompts)
     scored(made, ["fever", "cough"])
-    assert seen[2:4] == ["fever\n\nBe brief.", "fever\n\nBe long."]
+    assert list(made._logs["prompt"])[2:4] == ["fever\n\nBe brief.", "fever\n\nBe long."]
 
 
 def test_unused_columns_leave_the_guidelines(tmp_path: Any) -> None:

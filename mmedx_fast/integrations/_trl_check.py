@@ -42,9 +42,9 @@ def _fsdp_version(trainer: Any) -> int:
 
 def language_model(model: Any) -> Any:
     """The model whose forward TRL calls with ``fused_lm_head=True``: what a PEFT wrapper is around."""
-    from peft import PeftModel
+    from accelerate.utils import is_peft_model
 
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = model.get_base_model() if is_peft_model(model) else model
     name = type(inner).__name__
     if getattr(inner, "base_model", inner) is inner:
         raise ValueError(

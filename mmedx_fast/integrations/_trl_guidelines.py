@@ -52,6 +52,8 @@ class GuidelineGRPOTrainer(GRPOTrainer):
         ValueError: at construction, for a dataset, option or number that does not fit; the message names it.
     """
 
+    _signature_columns: list[str]
+
     def __init__(
         self,
         *args: Any,
