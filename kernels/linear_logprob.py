@@ -2,9 +2,9 @@
 matrix is never whole.
 
 One tile of logits exists at a time, made by a GEMM (cuBLAS on CUDA) and read by row kernels. What backward
-needs is saved in one of three ways (``SAVED``): with a frozen head and no entropy the gradient of every log-prob by its
-own hidden state, of which backward only takes multiples (two GEMM passes); the logits themselves, where they are
-few (two); or nothing, and they are made again (three).
+needs is saved in one of three ways (``SAVED``): with a frozen head and no gradient of the entropy, that of every
+log-prob by its own hidden state, of which backward only takes multiples (two GEMM passes); the logits themselves,
+where they are few (two); or nothing, and they are made again (three).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def linear_logprob(
     logits_dtype: torch.dtype | None = None,
     chunk: int | None = None,
     return_entropy: bool = True,
+    entropy_grad: bool = True,
     banned: Tensor | None = None,  # [n]
     group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
@@ -60,6 +61,7 @@ def linear_logprob(
             results agree to the last digits of float32 (bitwise where the GEMM library does not
             change its order with the row count).
         return_entropy: False returns None instead; with a gradient of ``hidden`` alone that saves a GEMM pass.
+        entropy_grad: False returns the entropy as a constant, to be logged or masked with; the same pass is saved.
         banned: ids that cannot occur (logit -inf), as when the engine forbids image tokens. A
             banned target has log-probability -inf.
         group: vocabulary-parallel process group. ``hidden`` and ``targets`` are the same on every
@@ -69,7 +71,7 @@ def linear_logprob(
         keep_bytes: where a gradient may follow, the raw logits (4 bytes each, 2 with a 16-bit
             ``logits_dtype``) are kept if they take at most this many bytes, and backward does without their
             GEMM: two passes for a frozen head instead of three. None = 1 GiB on CUDA, 8 MiB elsewhere. Without
-            entropy and with a frozen, unsharded head it is two passes anyway, and [N, H] are kept.
+            the entropy's gradient and with a frozen, unsharded head it is two passes anyway, and [N, H] are kept.
 
     Returns:
         (logprob [N], entropy [N] in nats or None), float32 (float64 for float64 inputs).
@@ -91,7 +93,7 @@ def linear_logprob(
     saved = "nothing"
     if grad and _fits(hidden, weight, round_to, keep_bytes):
         saved = "logits"
-    elif grad and hidden.requires_grad and not return_entropy and group is None:
+    elif grad and hidden.requires_grad and not (return_entropy and entropy_grad) and group is None:
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         saved = "gradient" if frozen else saved
     arguments = (
@@ -101,7 +103,9 @@ def linear_logprob(
     compiling = torch.compiler.is_compiling()
     run = torch.ops.mmedx_fast.linear_logprob if compiling else _LinearLogprob.apply
     logprob, entropy, _, _ = run(*arguments)
-    return logprob, entropy if return_entropy else None
+    if not return_entropy:
+        return logprob, None
+    return logprob, entropy if entropy_grad else entropy.detach()
 
 
 def head_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -288,14 +288,17 @@ def test_gemm_passes_and_memory_of_a_frozen_head(keep_bytes: int, passes: int) -
     assert work.largest == (tile if passes == 3 else 3 * tile)
 
 
+# Ways to do without the entropy's gradient.
+LOOSE = ({"return_entropy": False}, {"entropy_grad": False})
+
+
 @both
-def test_without_entropy_a_frozen_head_takes_two_passes_and_keeps_no_logits() -> None:
+@pytest.mark.parametrize("loose", LOOSE, ids=["no entropy", "constant entropy"])
+def test_without_entropy_a_frozen_head_takes_two_passes_and_keeps_no_logits(loose) -> None:
     hidden, weight, targets, _ = problem(n=24, v=2999, h=4)
     weight = weight.detach()
     with Work() as work:
-        logprob, _ = linear_logprob(
-            hidden, weight, targets, chunk=8, keep_bytes=0, return_entropy=False
-        )
+        logprob, _ = linear_logprob(hidden, weight, targets, chunk=8, keep_bytes=0, **loose)
         logprob.sum().backward()
     assert work.macs == 2 * hidden.numel() * weight.shape[0]
     assert work.largest == 4 * 8 * _logits.raw_width(weight.shape[0])
@@ -328,13 +331,35 @@ def test_the_gradient_made_in_the_forward_is_that_of_recomputing(dtype: torch.dt
 
 
 @both
-def test_compiles_without_entropy_too() -> None:
+@pytest.mark.parametrize("keep_bytes", [0, None], ids=["gradient", "logits"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_a_constant_entropy_is_the_same_and_has_no_gradient(
+    keep_bytes: int | None, frozen: bool
+) -> None:
+    hidden, weight, targets, _ = problem()
+    weight = weight.detach().requires_grad_(not frozen)
+    want, options = linear_logprob(hidden, weight, targets), {"keep_bytes": keep_bytes}
+    logprob, entropy = linear_logprob(hidden, weight, targets, entropy_grad=False, **options)
+    assert torch.equal(entropy, want[1]) and not entropy.requires_grad
+    leaves = [hidden] if frozen else [hidden, weight]
+    for a, b in zip(
+        torch.autograd.grad((2 * logprob * entropy).sum(), leaves),
+        torch.autograd.grad((2 * want[0] * want[1].detach()).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@both
+@pytest.mark.parametrize("loose", LOOSE, ids=["no entropy", "constant entropy"])
+def test_compiles_without_entropy_too(loose) -> None:
     hidden, weight, targets, _ = problem(n=6, v=40)
     weight = weight.detach()
 
     def loss_of(h: Tensor) -> Tensor:
         options = {"temperature": 0.8, "chunk": 4, "keep_bytes": 0}
-        return linear_logprob(h, weight, targets, return_entropy=False, **options)[0].sum()
+        logprob, entropy = linear_logprob(h, weight, targets, **loose, **options)
+        return logprob.sum() if entropy is None else (logprob * entropy).sum()
 
     want = torch.autograd.grad(loss_of(hidden), hidden)[0]
     compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
