@@ -53,7 +53,7 @@ test: $(WITH_DEV) $(if $(VERL),$(VENV)/verl/.installed)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=10 $(TESTS)
 ifneq ($(VERL),)
 ifeq ($(TESTS),)
-	PYTHONPATH=$(CURDIR)/$(VENV)/verl OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -q tests/test_verl.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/verl OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -q tests/test_verl.py tests/test_examples.py -k verl
 endif
 endif
 
