@@ -14,8 +14,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmedx_fast.data.image_finder import ImageFinder
 from mmedx_fast.data.records import Record
-from mmedx_fast.data.rows import ImageFinder, Loader, RowContext, RowError
+from mmedx_fast.data.rows import Loader, RowContext, RowError
 
 JUNK: tuple[Any, ...] = (
     None, "", " ", "\xa0", "\u200a", "nan", "N/A", "None", "null", "A", "b", "Z", "AB", "E", "'", '"',

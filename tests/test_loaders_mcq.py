@@ -786,7 +786,8 @@ def test_a_file_that_several_loaders_know_names_them(tmp_path: Path) -> None:
 
 
 def test_names_with_folders_links_and_roots(tmp_path: Path) -> None:
-    from mmedx_fast.data.rows import ImageFinder, RowError
+    from mmedx_fast.data.image_finder import ImageFinder
+    from mmedx_fast.data.rows import RowError
 
     deep = tmp_path / "data" / "images" / "a" / "b"
     figures(deep)

@@ -35,9 +35,10 @@ from mmedx_fast.data import (
     vlmeval_tsv,
     vqa_rad,
 )
+from mmedx_fast.data.image_finder import ImageFinder
 from mmedx_fast.data.images import image_digest
 from mmedx_fast.data.records import Record
-from mmedx_fast.data.rows import ImageFinder, Loader, Row, RowContext, RowError
+from mmedx_fast.data.rows import Loader, Row, RowContext, RowError, read_plain
 from mmedx_fast.data.specialties import assign_specialty
 
 LOADERS: dict[str, Loader] = {
@@ -191,15 +192,17 @@ class RecordStream(Iterator[Record]):
         ids: set[int] = set()
         for file in self.files:
             context = self._context(file)
-            parse = self._loader.parse
-            for number, row in self._loader.rows(file):
-                try:
-                    if isinstance(row, RowError):
-                        raise row
-                    record = parse(row, number, context)
-                except RowError as error:
-                    self._reject(_rejected(file, number, row, error))
-                    continue
+            for number, row in self._rows(file, context):
+                if isinstance(row, Record):
+                    record = row
+                else:
+                    try:
+                        if isinstance(row, RowError):
+                            raise row
+                        record = self._loader.parse(row, number, context)
+                    except RowError as error:
+                        self._reject(_rejected(file, number, row, error))
+                        continue
                 key = id_hash(record.id)
                 if key in ids:
                     self._refuse_duplicate(record.id, file, number)
@@ -219,6 +222,13 @@ class RecordStream(Iterator[Record]):
                     return
         if not self.count and not self.excluded:
             self._raise_nothing_usable()
+
+    def _rows(
+        self, file: Path, context: RowContext
+    ) -> Iterator[tuple[int, Record | Row | RowError]]:
+        if self._loader.plain is None:
+            return self._loader.rows(file)
+        return read_plain(file, self._loader.plain(context))
 
     def _reject(self, row: Rejected) -> None:
         self.reasons[row.reason] += 1

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmedx_fast.data.records import Record
+import msgspec
+
+from mmedx_fast.data.records import SPECIALTIES, Record, plain_record
 from mmedx_fast.data.rows import (
     Loader,
+    PlainLine,
     Row,
     RowContext,
     RowError,
+    are_plain,
     clean_options,
     id_field,
     label_field,
@@ -29,6 +33,7 @@ from mmedx_fast.data.rows import (
 
 _CHOICES = "Answer Choices:"
 _USED = ("id", "question", "options", "label", "images", "specialty")
+_NOT_PLAIN = (ValueError, KeyError, RecursionError, msgspec.MsgspecError)
 
 
 def detect(row: Row) -> bool:
@@ -57,6 +62,69 @@ def parse(row: Row, number: int, context: RowContext) -> Record:
         specialty=specialty_field(row),
         meta={key: value for key, value in row.items() if key not in _USED},
     )
+
+
+class _Plain(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """The columns of a row as on the hub."""
+
+    id: str
+    question: str
+    options: dict[str, str]
+    label: str
+    images: list[str] | None = None
+    specialty: str | None = None
+    medical_task: Any = msgspec.UNSET
+    body_system: Any = msgspec.UNSET
+    question_type: Any = msgspec.UNSET
+
+
+def plain(context: RowContext) -> PlainLine:
+    """``Loader.plain``: what ``parse`` would clean or refuse is left to it."""
+    decode = msgspec.json.Decoder(_Plain).decode
+    find, split, required = context.images.usual, context.split, context.require_reasoning
+
+    def read(line: bytes) -> Record | None:
+        try:
+            row = decode(line)
+            native, question, options, specialty = row.id, row.question, row.options, row.specialty
+            if (
+                required
+                or not native
+                or native.strip() != native
+                or not (stem := strip_choices(question.strip()))
+                or not are_plain(options)
+                or (specialty is not None and specialty not in SPECIALTIES)
+            ):
+                return None
+            return plain_record(
+                f"medxpertqa:{native}",
+                "medxpertqa",
+                split,
+                tuple([find(name) for name in row.images]) if row.images else (),
+                stem,
+                options,
+                row.label,
+                options[row.label],
+                "mcq",
+                {},
+                specialty,
+                _plain_meta(row),
+            )
+        except _NOT_PLAIN:
+            return None
+
+    return read
+
+
+def _plain_meta(row: _Plain) -> dict[str, Any]:
+    columns = {
+        "medical_task": row.medical_task,
+        "body_system": row.body_system,
+        "question_type": row.question_type,
+    }
+    if msgspec.UNSET in columns.values():
+        return {name: value for name, value in columns.items() if value is not msgspec.UNSET}
+    return columns
 
 
 def strip_choices(question: str) -> str:
@@ -113,5 +181,6 @@ LOADER = Loader(
     parse=parse,
     files=split_files,
     rows=read_jsonl,
+    plain=plain,
     suffixes=(".jsonl", ".json"),
 )

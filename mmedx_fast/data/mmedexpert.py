@@ -19,14 +19,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
+
 from mmedx_fast.data.conclusion import concluded_option
 from mmedx_fast.data.images import read_encoded
-from mmedx_fast.data.records import GUIDELINE_NAMES, AnswerType, ImageRef, Record
+from mmedx_fast.data.records import (
+    GUIDELINE_NAMES,
+    SPECIALTIES,
+    AnswerType,
+    ImageRef,
+    Record,
+    plain_record,
+)
 from mmedx_fast.data.rows import (
     Loader,
+    PlainLine,
     Row,
     RowContext,
     RowError,
+    are_plain,
     clean_options,
     id_field,
     label_field,
@@ -41,6 +52,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _USED = frozenset(
     "id dataset specialty images question options answer_label answer answer_type".split()
 ) | {"reasoning", "paradigm", "meta"}
+_NOT_PLAIN = (ValueError, KeyError, RecursionError, msgspec.MsgspecError)
 _MAGIC = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"BM", ".bmp"))
 
 
@@ -69,10 +81,90 @@ def parse(row: Row, number: int, context: RowContext) -> Record:
         answer_label=label,
         answer=answer,
         answer_type=_answer_type(row, options),
-        reasoning=_reasoning(row, options, label, required=context.require_reasoning),
+        reasoning=_reasoning(
+            row.get("reasoning"),
+            text_field(row, "paradigm", required=False),
+            options,
+            label,
+            required=context.require_reasoning,
+        ),
         specialty=specialty_field(row),
         meta=_meta(row),
     )
+
+
+class _Plain(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """The columns that a row of this format has, with the types that they mostly have."""
+
+    id: str
+    dataset: str | None = None
+    specialty: str | None = None
+    images: list[str] | None = None
+    question: str
+    options: dict[str, str]
+    answer_label: str
+    answer: str | None = None
+    answer_type: str | None = None
+    reasoning: str | dict[str, str] | None = None
+    paradigm: str | None = None
+    source: Any = msgspec.UNSET
+    license: Any = msgspec.UNSET
+    meta: dict[str, Any] | None = None
+
+
+def plain(context: RowContext) -> PlainLine:
+    """``Loader.plain``: what ``parse`` would clean or refuse is left to it."""
+    decode = msgspec.json.Decoder(_Plain).decode
+    find, split, required = context.images.usual, context.split, context.require_reasoning
+
+    def read(line: bytes) -> Record | None:
+        try:
+            row = decode(line)
+            native, question, options, label = row.id, row.question, row.options, row.answer_label
+            answer, specialty, dataset, names = options[label], row.specialty, row.dataset, row.images
+            if (
+                not native
+                or native.strip() != native
+                or not question
+                or question.strip() != question
+                or not are_plain(options)
+                or (row.answer != answer and row.answer is not None)
+                or (specialty is not None and specialty not in SPECIALTIES)
+                or (row.answer_type is not None and row.answer_type != "mcq")
+                or (dataset is not None and (not dataset or dataset.strip() != dataset))
+            ):
+                return None
+            reasoning: dict[str, str] = {}
+            if required or row.reasoning is not None:
+                paradigm = (row.paradigm or "").strip() or None
+                reasoning = _reasoning(row.reasoning, paradigm, options, label, required=required)
+            return plain_record(
+                native if dataset else f"mmedexpert:{native}",
+                dataset or "mmedexpert",
+                split,
+                tuple([find(name) for name in names]) if names else (),
+                question,
+                options,
+                label,
+                answer,
+                "mcq",
+                reasoning,
+                specialty,
+                _plain_meta(row),
+            )
+        except _NOT_PLAIN:
+            return None
+
+    return read
+
+
+def _plain_meta(row: _Plain) -> dict[str, Any]:
+    meta = row.meta or {}
+    if row.source is not msgspec.UNSET:
+        meta["source"] = row.source
+    if row.license is not msgspec.UNSET:
+        meta["license"] = row.license
+    return meta
 
 
 def _answer(row: Row, options: dict[str, str] | None) -> tuple[str | None, str]:
@@ -123,9 +215,13 @@ def _meta(row: Row) -> dict[str, Any]:
 
 
 def _reasoning(
-    row: Row, options: dict[str, str] | None, label: str | None, *, required: bool
+    raw: Any,
+    paradigm: str | None,
+    options: dict[str, str] | None,
+    label: str | None,
+    *,
+    required: bool,
 ) -> dict[str, str]:
-    raw, paradigm = row.get("reasoning"), text_field(row, "paradigm", required=False)
     if raw is None and not required:
         return {}
     if isinstance(raw, dict):
@@ -247,5 +343,6 @@ LOADER = Loader(
     parse=parse,
     files=split_files,
     rows=read_jsonl,
+    plain=plain,
     suffixes=(".jsonl", ".json"),
 )

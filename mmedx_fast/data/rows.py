@@ -1,10 +1,9 @@
-"""What all loaders share: a loader's shape, reading JSONL line by line, checks of common fields,
-finding images.
-"""
+"""What all loaders share: a loader's shape, reading JSONL line by line, checks of common fields."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -12,14 +11,17 @@ import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mmedx_fast.data.images import zip_members
-from mmedx_fast.data.records import SPECIALTIES, ImageRef, Record
+from mmedx_fast.data.records import SPECIALTIES, Record
+
+if TYPE_CHECKING:
+    from mmedx_fast.data.image_finder import ImageFinder
 
 Row = dict[str, Any]
+PlainLine = Callable[[bytes], "Record | None"]
 
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -29,9 +31,10 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 """The names under which a split's file is found; a split not listed goes by its own name."""
 
 MAX_LINE_BYTES = 64 << 20
-_OTHER_ARCHIVES = {"figures": ("images_2.zip",)}
-_MEMBER_FOLDERS = ("figures/", "imgs/", "images/")
+_BLOCK_BYTES = 1 << 17
 _LETTERS = dict.fromkeys(string.ascii_uppercase)
+_QUOTES = frozenset("\"'")
+_FIRST_LETTERS = frozenset(tuple(string.ascii_uppercase[:n]) for n in range(2, 27))
 
 
 class RowError(ValueError):
@@ -76,7 +79,8 @@ class Loader:
     ``RowError``. ``columns`` names the format's columns, for messages. ``options`` are the choices
     that a caller has, {name: allowed values, the default first}. ``image_levels``: how many folders
     above the data file images are looked for. ``suffixes``: of the files it may be, to spare others
-    a look; empty means any.
+    a look; empty means any. ``plain`` (of JSONL alone) is a shortcut: it gives the function that makes
+    the record of a line that is plainly fine, as ``parse`` would, and ``None`` of any other line.
     """
 
     name: str
@@ -88,6 +92,7 @@ class Loader:
     options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     image_levels: int = 1
     suffixes: tuple[str, ...] = ()
+    plain: Callable[[RowContext], PlainLine] | None = None
 
     def chosen(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Every option with its value, the default where none is given. Raises ``ValueError`` for a
@@ -103,102 +108,6 @@ class Loader:
                 allowed = ", ".join(map(repr, self.options[name]))
                 raise ValueError(f"{self.name} option {name} is {value!r}; give one of {allowed}")
         return {name: options.get(name, allowed[0]) for name, allowed in self.options.items()}
-
-
-class ImageFinder:
-    """Turns the image names of rows into ``ImageRef``; looks at directories, never into images.
-
-    A name is looked for beside the data file, in ``images/`` there, the same ``levels`` folders up,
-    and in an ``images.zip`` beside each; first as written, then by its last component alone. With
-    ``check=False`` a name that is not found is taken to lie in ``images/`` (or beside the file)
-    instead of being refused. Each folder is listed once, when the first image is looked for in it.
-    """
-
-    def __init__(self, file: Path, *, check: bool = True, levels: int = 1) -> None:
-        self._homes = [str(home) for home in (file.parent, *file.parent.parents)[: 1 + levels]]
-        self._check = check
-        self._names: dict[str, frozenset[str]] = {}
-        self._members: dict[Path, dict[str, str]] = {}
-        self._places: dict[tuple[str, ...], tuple[list[str], list[Path]]] = {}
-        self._heads: dict[tuple[tuple[str, ...], str], list[tuple[str, Path]]] = {}
-
-    def find(
-        self,
-        name: str,
-        field: str = "images",
-        *,
-        places: tuple[str, ...] = ("images",),
-        exact: bool = False,
-    ) -> ImageRef:
-        """The image of that name; raises ``RowError`` when it is not there.
-
-        ``places``: folders to look into beside the data file and the folder itself, and (with
-        ``.zip``) archives; ``exact``: do not fall back on the name's last component.
-        """
-        head, _, tail = name.rpartition("/")
-        if not tail.strip():
-            raise RowError(field, name, "image name is empty")
-        if places not in self._places:
-            self._places[places] = self._look_at(places)
-        folders, archives = self._places[places]
-        for part, spelling in ((head, name), ("", tail)):
-            inside = self._heads.get((places, part)) or self._inside(places, part)
-            for listed, folder in inside:
-                names = self._names.get(listed)
-                if tail in (self._listing(listed) if names is None else names):
-                    return ImageRef(path=folder / tail)
-            for archive in archives:
-                member = self._index(archive).get(spelling)
-                if member is not None:
-                    return ImageRef(member=(archive, member))
-            if exact or not head:
-                break
-        if self._check:
-            raise RowError(field, name, "image file is missing")
-        return ImageRef(path=Path(folders[1] if self._listing(folders[1]) else folders[0], name))
-
-    def _inside(self, places: tuple[str, ...], part: str) -> list[tuple[str, Path]]:
-        """The folders to look into for names that begin with the folders ``part``, as text too."""
-        folders = [""] if part.startswith("/") else self._places[places][0]
-        inside = [f"{folder}{part}/" if part else folder for folder in folders]
-        self._heads[places, part] = [(folder, Path(folder)) for folder in inside]
-        return self._heads[places, part]
-
-    def _look_at(self, places: tuple[str, ...]) -> tuple[list[str], list[Path]]:
-        """Folders (with a slash at the end) and archives to look into, in order."""
-        folders = [f"{home}/{p}".rstrip("/") + "/" for home in self._homes for p in ("", *places)]
-        names = [n for p in places for n in (f"{p}.zip", *_OTHER_ARCHIVES.get(p, ()))]
-        archives = [Path(home, name) for home in self._homes for name in names]
-        return folders, [archive for archive in archives if archive.is_file()]
-
-    def _listing(self, folder: str) -> frozenset[str]:
-        """Names of the files in a folder, none when there is no such folder."""
-        if folder not in self._names:
-            try:
-                with os.scandir(folder) as entries:
-                    names = frozenset(entry.name for entry in entries if entry.is_file())
-            except (OSError, ValueError):  # ValueError: a NUL in the name
-                names = frozenset()
-            self._names[folder] = names
-        return self._names[folder]
-
-    def _index(self, archive: Path) -> dict[str, str]:
-        """Full names, names under the usual folders and, where unambiguous, last components."""
-        if archive not in self._members:
-            names = [n for n in zip_members(archive) if not n.endswith("/")]
-            index: dict[str, str] = {}
-            ambiguous: set[str] = set()
-            for name in names:
-                base = name.rpartition("/")[2]
-                if index.setdefault(base, name) != name:
-                    ambiguous.add(base)
-            for base in ambiguous:
-                del index[base]
-            for place in _MEMBER_FOLDERS:
-                index.update({n.removeprefix(place): n for n in names if n.startswith(place)})
-            index.update({n: n for n in names})
-            self._members[archive] = index
-        return self._members[archive]
 
 
 class SeveralFiles(ValueError):
@@ -259,21 +168,53 @@ def data_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, Row | RowError]]:
-    """Yield (line number from 1, object or ``RowError``), one line in memory at a time; blank lines
-    are passed over.
+    """Yield (line number from 1, object or ``RowError``), a block of lines in memory at a time; blank
+    lines are passed over.
     """
-    with file.open("rb") as lines:
-        number = 0
-        while line := lines.readline(MAX_LINE_BYTES):
-            number += 1
-            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                _skip_line(lines)
-                yield number, RowError("line", line[:80], f"line over {MAX_LINE_BYTES} bytes")
-                continue
+    for number, lines in _line_blocks(file):
+        for at, line in enumerate(lines, number):
+            if isinstance(line, RowError):
+                yield at, line
+            elif line and not line.isspace():
+                yield at, _parse_line(line)
+
+
+def read_plain(file: Path, plain: PlainLine) -> Iterator[tuple[int, Record | Row | RowError]]:
+    """``read_jsonl``, with the record itself in place of a row of which ``plain`` makes one."""
+    for number, lines in _line_blocks(file):
+        for at, line in enumerate(lines, number):
+            if isinstance(line, RowError):
+                yield at, line
+            elif record := plain(line):
+                yield at, record
+            elif line and not line.isspace():
+                yield at, _parse_line(line)
+
+
+def _line_blocks(file: Path) -> Iterator[tuple[int, list[bytes | RowError]]]:
+    """Yield (number of the first line from 1, some whole lines). A call a line would cost more than
+    splitting them.
+    """
+    with file.open("rb") as source:
+        number = 1
+        while block := source.read(_BLOCK_BYTES):
+            rest = source.readline(MAX_LINE_BYTES)
+            if len(rest) == MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                _skip_line(source)
+            block += rest
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, _parse_line(line)
+                block = block.removeprefix(b"\xef\xbb\xbf")
+            lines: list[bytes | RowError] = [*io.BytesIO(block)]
+            if len(block) >= MAX_LINE_BYTES:
+                lines = [_of_length(line) for line in lines if isinstance(line, bytes)]
+            yield number, lines
+            number += len(lines)
+
+
+def _of_length(line: bytes) -> bytes | RowError:
+    if len(line) - line.endswith(b"\n") >= MAX_LINE_BYTES:
+        return RowError("line", line[:80], f"line over {MAX_LINE_BYTES} bytes")
+    return line
 
 
 def _skip_line(lines: Any) -> None:
@@ -286,14 +227,13 @@ _decode = msgspec.json.Decoder().decode
 
 
 def _parse_line(line: bytes) -> Row | RowError:
-    # NaN, infinite numbers and surrogates it refuses, so json has the last word.
-    if b"\\ud" not in line and b"\\uD" not in line:
-        try:
-            row = _decode(line)
-            if type(row) is dict:
-                return row
-        except (ValueError, RecursionError, msgspec.MsgspecError):
-            pass
+    # NaN, infinite numbers and half surrogate pairs it refuses, so json has the last word.
+    try:
+        row = _decode(line)
+        if type(row) is dict:
+            return row
+    except (ValueError, RecursionError, msgspec.MsgspecError):
+        pass
     try:
         text = line.decode("utf-8")
         return checked_object(json.loads(text), text)
@@ -375,6 +315,19 @@ def clean_options(raw: Any, field: str = "options") -> dict[str, str]:
     if len(options) < 2:
         raise RowError(field, raw, "fewer than two options")
     return options if plain else _without_marks(options)
+
+
+def are_plain(options: dict[str, str]) -> bool:
+    """Whether ``clean_options`` would give the options back as they are; ``False`` where that takes
+    longer to tell.
+    """
+    if tuple(options) not in _FIRST_LETTERS:
+        return False
+    for text in options.values():
+        if not text or text.strip() is not text or text[-1] in _QUOTES:
+            return False
+    # Prefixes go only if all options have one.
+    return options["A"][0] not in "(Aa" or options["B"][0] not in "(Bb"
 
 
 def _option_letter(letter: Any, field: str) -> str:
