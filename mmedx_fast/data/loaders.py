@@ -9,8 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,8 @@ from mmedx_fast.data import (
 from mmedx_fast.data.image_finder import ImageFinder
 from mmedx_fast.data.images import image_digest
 from mmedx_fast.data.records import Record
-from mmedx_fast.data.rows import Loader, Row, RowContext, RowError, read_plain
+from mmedx_fast.data.rejected import Rejected, RejectedFile, rejected_row
+from mmedx_fast.data.rows import Loader, RowContext, RowError, read_plain
 from mmedx_fast.data.specialties import assign_specialty
 
 LOADERS: dict[str, Loader] = {
@@ -65,53 +64,6 @@ LOADERS: dict[str, Loader] = {
 }
 
 id_hash = hash
-_ID_COLUMNS = ("id", "question_id", "index", "qid")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rejected:
-    """A row that could not be used: ``row`` is the line number from 1, ``value`` at most 200
-    characters.
-    """
-
-    file: str
-    row: int
-    id: str | None
-    field: str
-    value: str
-    reason: str
-
-    def __str__(self) -> str:
-        name = f" ({self.id})" if self.id else ""
-        return f"{self.file}:{self.row}{name}: {self.field}={self.value}: {self.reason}"
-
-
-class RejectedFile:
-    """Writes rejected rows as JSONL while they come; the file appears, whole, when the block ends without
-    an error (empty when no row was rejected).
-
-        with RejectedFile(path) as rejected:
-            for record in iter_records(data, split="test", on_rejected=rejected): ...
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._part = path.with_name(f"{path.name}.part{os.getpid()}")
-
-    def __enter__(self) -> RejectedFile:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._out = self._part.open("w", encoding="utf-8")
-        return self
-
-    def __call__(self, row: Rejected) -> None:
-        self._out.write(json.dumps(dataclasses.asdict(row)) + "\n")
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._out.close()
-        if kind is None:
-            os.replace(self._part, self._path)
-        else:
-            self._part.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,19 +142,9 @@ class RecordStream(Iterator[Record]):
 
     def _read(self) -> Iterator[Record]:
         ids: set[int] = set()
+        rules, include = self.specialty_rules, self._include
         for file in self.files:
-            context = self._context(file)
-            for number, row in self._rows(file, context):
-                if isinstance(row, Record):
-                    record = row
-                else:
-                    try:
-                        if isinstance(row, RowError):
-                            raise row
-                        record = self._loader.parse(row, number, context)
-                    except RowError as error:
-                        self._reject(_rejected(file, number, row, error))
-                        continue
+            for number, record in self._rows(file):
                 key = id_hash(record.id)
                 if key in ids:
                     self._refuse_duplicate(record.id, file, number)
@@ -212,10 +154,10 @@ class RecordStream(Iterator[Record]):
                     specialty, rule = assign_specialty(record)
                     # It was made just now and nobody else has it; a copy takes as long as all the rest.
                     object.__setattr__(record, "specialty", specialty)
-                if self._include is not None and not self._include(record):
+                if include is not None and not include(record):
                     self.excluded += 1
                     continue
-                self.specialty_rules[rule] += 1
+                rules[rule] += 1
                 self.count += 1
                 yield record
                 if self.count == self._limit:
@@ -223,12 +165,23 @@ class RecordStream(Iterator[Record]):
         if not self.count and not self.excluded:
             self._raise_nothing_usable()
 
-    def _rows(
-        self, file: Path, context: RowContext
-    ) -> Iterator[tuple[int, Record | Row | RowError]]:
-        if self._loader.plain is None:
-            return self._loader.rows(file)
-        return read_plain(file, self._loader.plain(context))
+    def _rows(self, file: Path) -> Iterator[tuple[int, Record]]:
+        """The records of a file with their line numbers; rows that give none are counted."""
+        context = self._context(file)
+        loader = self._loader
+        rows = read_plain(file, loader.plain(context)) if loader.plain else loader.rows(file)
+        for number, row in rows:
+            if isinstance(row, Record):
+                yield number, row
+                continue
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                record = loader.parse(row, number, context)
+            except RowError as error:
+                self._reject(rejected_row(file, number, row, error))
+                continue
+            yield number, record
 
     def _reject(self, row: Rejected) -> None:
         self.reasons[row.reason] += 1
@@ -365,19 +318,6 @@ def _loader(path: Path, format: str | None) -> Loader:
     if name not in LOADERS:
         raise ValueError(f"format {name!r} is unknown; use one of {', '.join(sorted(LOADERS))}")
     return LOADERS[name]
-
-
-def _rejected(file: Path, number: int, row: Row | RowError, error: RowError) -> Rejected:
-    known = row if isinstance(row, dict) else {}
-    native = next((known[name] for name in _ID_COLUMNS if known.get(name) is not None), None)
-    return Rejected(
-        file=str(file),
-        row=number,
-        id=None if native is None else str(native)[:200],
-        field=error.field,
-        value=repr(error.value)[:200],
-        reason=error.reason,
-    )
 
 
 def _summary(files: list[Path], format: str, count: int, reasons: collections.Counter[str]) -> str:

@@ -121,7 +121,12 @@ def plain(context: RowContext) -> PlainLine:
         try:
             row = decode(line)
             native, question, options, label = row.id, row.question, row.options, row.answer_label
-            answer, specialty, dataset, names = options[label], row.specialty, row.dataset, row.images
+            answer, specialty, dataset, names = (
+                options[label],
+                row.specialty,
+                row.dataset,
+                row.images,
+            )
             if (
                 not native
                 or native.strip() != native

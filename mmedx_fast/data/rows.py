@@ -33,7 +33,7 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 MAX_LINE_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 17
 _LETTERS = dict.fromkeys(string.ascii_uppercase)
-_QUOTES = frozenset("\"'")
+_PLAIN_ENDS = frozenset(string.ascii_letters + string.digits + string.punctuation) - {'"', "'"}
 _FIRST_LETTERS = frozenset(tuple(string.ascii_uppercase[:n]) for n in range(2, 27))
 
 
@@ -324,7 +324,7 @@ def are_plain(options: dict[str, str]) -> bool:
     if tuple(options) not in _FIRST_LETTERS:
         return False
     for text in options.values():
-        if not text or text.strip() is not text or text[-1] in _QUOTES:
+        if not text or text[0] not in _PLAIN_ENDS or text[-1] not in _PLAIN_ENDS:
             return False
     # Prefixes go only if all options have one.
     return options["A"][0] not in "(Aa" or options["B"][0] not in "(Bb"

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib.resources
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import yaml
@@ -54,8 +54,9 @@ def parse_rules(document: dict[str, Any]) -> dict[str, list[Rule]]:
     """Compile a rules document; raises ``ValueError`` naming the data set, rule and value that are
     wrong.
     """
+    vocabulary = _Vocabulary()
     rules = {
-        name: [_compile(name, raw) for raw in entries]
+        name: [_compile(name, raw, vocabulary) for raw in entries]
         for name, entries in document["datasets"].items()
     }
     for name, entries in rules.items():
@@ -67,7 +68,10 @@ def parse_rules(document: dict[str, Any]) -> dict[str, list[Rule]]:
 
 
 _REMEMBERED_WORDS = 1 << 17
+_LONGEST_WORD = 32
+_NOTHING: frozenset[int] = frozenset()
 _WORD = re.compile(r"\w+")
+Decision = Callable[["_Case"], "str | None"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,36 +79,115 @@ class Rule:
     """One compiled rule; ``decide`` gives a specialty, or ``None`` when the rule does not apply."""
 
     name: str
-    decide: Callable[[_Case], str | None]
+    decide: Decision
     always: bool = False
 
 
 class _Case:
     """A record with what several rules need, worked out once."""
 
+    __slots__ = ("_age", "_entries", "_meta", "_text")
+    _age: float | None
+    _entries: Set[int]
+
     def __init__(self, record: Record) -> None:
         self._text = record.question
         self._meta = record.meta
 
-    @functools.cached_property
+    @property
     def age(self) -> float | None:
-        return patient_age(self._text)
+        try:
+            return self._age
+        except AttributeError:
+            self._age = patient_age(self._text)
+            return self._age
 
-    @functools.cached_property
-    def spaced(self) -> str:
-        """The words in lower case with one blank before, between and after them."""
-        return f" {' '.join(re.findall(_WORD, self._text.lower()))} "
-
-    @functools.cached_property
-    def words(self) -> frozenset[str]:
-        return frozenset(self.spaced.split())
+    def entries(self, vocabulary: _Vocabulary) -> Set[int]:
+        """The entries that the text holds; all rules of a case share one vocabulary."""
+        try:
+            return self._entries
+        except AttributeError:
+            self._entries = vocabulary.entries(self._text.lower())
+            return self._entries
 
     def field(self, name: str) -> str:
-        value = next((v for k, v in self._meta.items() if k.lower() == name), None)
-        return "" if value is None else str(value).strip().lower()
+        for key, value in self._meta.items():
+            if key.lower() == name:
+                return "" if value is None else str(value).strip().lower()
+        return ""
 
 
-def _compile(dataset: str, raw: dict[str, Any]) -> Rule:
+class _Vocabulary:
+    """The entries of all word rules, numbered. Texts share most of their words, so each word is matched
+    once and not once a text, nor once a rule; most match nothing.
+    """
+
+    def __init__(self) -> None:
+        self._patterns: list[str] = []
+        self._phrases: dict[str, list[tuple[int, str]]] = {}
+        self._hits: dict[str, frozenset[int]] = {}
+        self._dull: set[str] = set()
+        self._known: dict[tuple[str, ...], frozenset[int]] = {}
+
+    def add(self, names: list[str]) -> frozenset[int]:
+        """Numbers of the entries of a rule; a rule that several data sets share is taken once."""
+        key = tuple(names)
+        if key not in self._known:
+            first = len(self._patterns)
+            for name in names:
+                self._add_entry(name)
+            self._known[key] = frozenset(range(first, len(self._patterns)))
+        return self._known[key]
+
+    def _add_entry(self, name: str) -> None:
+        spellings = [spelling.strip().lower() for spelling in name.split("|")]
+        for spelling in spellings:
+            if " " in spelling:
+                phrase = f" {spelling} ".replace("* ", "")
+                # The word with which it begins says when to look for the phrase.
+                self._phrases.setdefault(phrase.split()[0], []).append(
+                    (len(self._patterns), phrase)
+                )
+        self._patterns.append("|".join(re.escape(s).replace(r"\*", r"\w*") for s in spellings))
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[re.Pattern[str], list[re.Pattern[str]]]:
+        """One pattern of all entries, which tells that a word is none, and one for each."""
+        return re.compile("|".join(self._patterns)), [re.compile(p) for p in self._patterns]
+
+    def entries(self, lower: str) -> Set[int]:
+        """Numbers of the entries that a text in lower case holds."""
+        found: set[int] = set()
+        phrases: list[tuple[int, str]] = []
+        for token in {*lower.split()} - self._dull:
+            dull = True
+            for word in _WORD.findall(token):
+                hits = self._entries_of(word)
+                found |= hits
+                if word in self._phrases:
+                    phrases += self._phrases[word]
+                dull = dull and not hits and word not in self._phrases
+            if dull and len(token) <= _LONGEST_WORD and len(self._dull) < _REMEMBERED_WORDS:
+                self._dull.add(token)
+        if phrases:
+            spaced = f" {' '.join(_WORD.findall(lower))} "
+            found.update(entry for entry, phrase in phrases if phrase in spaced)
+        return found
+
+    def _entries_of(self, word: str) -> frozenset[int]:
+        known = self._hits.get(word)
+        if known is not None:
+            return known
+        anything, patterns = self._compiled
+        if not anything.fullmatch(word):
+            return _NOTHING
+        hits = frozenset(i for i, pattern in enumerate(patterns) if pattern.fullmatch(word))
+        if len(word) <= _LONGEST_WORD and len(self._hits) < _REMEMBERED_WORDS:
+            self._hits[word] = hits
+        return hits
+
+
+def _compile(dataset: str, raw: dict[str, Any], vocabulary: _Vocabulary) -> Rule:
     raw = dict(raw)
     name = raw.pop("name")
     specialty = raw.pop("specialty", None)
@@ -120,29 +203,40 @@ def _compile(dataset: str, raw: dict[str, Any]) -> Rule:
         return Rule(name, lambda case: specialty, always=True)
     if len(kinds) != 1:
         raise ValueError(f"specialty rule {dataset}.{name}: unknown condition {sorted(raw)}")
-    return Rule(name, _KINDS[kinds[0]](raw, specialty))
+    return Rule(name, _KINDS[kinds[0]](raw, specialty, vocabulary))
 
 
 def _map(raw: dict[str, Any]) -> dict[str, str]:
     return {**raw.get("values", {}), **raw.get("prefixes", {})}
 
 
-def _age_below(raw: dict[str, Any], specialty: str) -> Callable[[_Case], str | None]:
+def _age_below(raw: dict[str, Any], specialty: str, vocabulary: _Vocabulary) -> Decision:
     bound = float(raw["age_below"])
     return lambda case: specialty if case.age is not None and case.age < bound else None
 
 
-def _words_without_age(raw: dict[str, Any], specialty: str) -> Callable[[_Case], str | None]:
-    count = _counter(raw["words_without_age"])
-    return lambda case: specialty if case.age is None and count(case, 1) else None
+def _words_without_age(raw: dict[str, Any], specialty: str, vocabulary: _Vocabulary) -> Decision:
+    holds = _holds(raw["words_without_age"], 1, vocabulary)
+    return lambda case: specialty if holds(case) and case.age is None else None
 
 
-def _words(raw: dict[str, Any], specialty: str) -> Callable[[_Case], str | None]:
-    count, needed = _counter(raw["words"]), int(raw.get("at_least", 1))
-    return lambda case: specialty if count(case, needed) else None
+def _words(raw: dict[str, Any], specialty: str, vocabulary: _Vocabulary) -> Decision:
+    holds = _holds(raw["words"], int(raw.get("at_least", 1)), vocabulary)
+    return lambda case: specialty if holds(case) else None
 
 
-def _by_field(raw: dict[str, Any], specialty: str | None) -> Callable[[_Case], str | None]:
+def _holds(names: list[str], needed: int, vocabulary: _Vocabulary) -> Callable[[_Case], bool]:
+    """A test whether a text holds at least so many different entries."""
+    own = vocabulary.add(names)
+
+    def holds(case: _Case) -> bool:
+        found = case.entries(vocabulary)
+        return len(found & own) >= needed if found else needed <= 0
+
+    return holds
+
+
+def _by_field(raw: dict[str, Any], specialty: str | None, vocabulary: _Vocabulary) -> Decision:
     field, values = str(raw["field"]).lower(), raw.get("values", {})
     # A prefix ends where a word ends: "ear" is not the start of "early".
     prefixes = [
@@ -158,44 +252,9 @@ def _by_field(raw: dict[str, Any], specialty: str | None) -> Callable[[_Case], s
     return decide
 
 
-_KINDS: dict[str, Callable[[dict[str, Any], Any], Callable[[_Case], str | None]]] = {
+_KINDS: dict[str, Callable[[dict[str, Any], Any, _Vocabulary], Decision]] = {
     "age_below": _age_below,
     "words_without_age": _words_without_age,
     "words": _words,
     "field": _by_field,
 }
-
-
-def _counter(names: list[str]) -> Callable[[_Case, int], bool]:
-    """A test whether a text holds at least so many different entries."""
-    spellings = [(i, w.strip().lower()) for i, e in enumerate(names) for w in e.split("|")]
-    phrases = [(i, f" {w} ".replace("* ", "")) for i, w in spellings if " " in w]
-    patterns = [
-        re.compile("|".join(re.escape(w).replace(r"\*", r"\w*") for j, w in spellings if j == i))
-        for i in range(len(names))
-    ]
-
-    # Texts share most of their words, so each word is matched once and not once a text; most match
-    # nothing, which one pattern of all entries tells.
-    any_entry = re.compile("|".join(pattern.pattern for pattern in patterns))
-    hits: dict[str, frozenset[int]] = {}
-    misses: set[str] = set()
-
-    def holds(case: _Case, needed: int) -> bool:
-        found: set[int] = set()
-        for word in case.words - misses:
-            if word in hits:
-                found |= hits[word]
-            elif any_entry.fullmatch(word):
-                hits[word] = frozenset(i for i, p in enumerate(patterns) if p.fullmatch(word))
-                found |= hits[word]
-            elif len(misses) < _REMEMBERED_WORDS:
-                misses.add(word)
-        if len(found) < needed:
-            spaced = case.spaced
-            for i, phrase in phrases:
-                if phrase in spaced:
-                    found.add(i)
-        return len(found) >= needed
-
-    return holds
