@@ -249,7 +249,7 @@ def test_an_image_in_a_folder_is_the_one_with_its_path() -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             made.path = None  # type: ignore[misc]
         with pytest.raises(AttributeError, match="nothing"):
-            made.nothing  # noqa: B018  # type: ignore[attr-defined]
+            made.nothing  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(ValueError, match="exactly one"):
         dataclasses.replace(lazy(), data=b"x")
 
