@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedx_fast.config import Config
+from mmedx_fast.cost_evaluation import EvaluationCount, merge_candidates
 from mmedx_fast.cost_memory import Part, Row, fit, memory_parts, trained_params
 from mmedx_fast.cost_text import plan_text
 from mmedx_fast.data.records import GUIDELINE_NAMES
@@ -90,7 +91,8 @@ class Assumptions:
     image_tokens: int | None = None
     """All images of a question; null takes one image of ``model.max_pixels``."""
     test_questions: int | None = None
-    """Null takes the phantom's size or ``data.limit``, else 2000 (MedXpertQA-MM's test set)."""
+    """Of the run's own test set, and of every set of ``eval.sets`` without a ``limit`` that is not the phantom;
+    null takes the phantom's size or ``data.limit`` for the former, else 2000 (MedXpertQA-MM's test set)."""
 
     @classmethod
     def of(cls, gpu: Gpu) -> Assumptions:
@@ -141,6 +143,7 @@ def plan(
             "gflops_per_token": model.token_flops() / 1e9,
         },
         "assumptions": dataclasses.asdict(assume) | facts.lengths(),
+        "evaluation": facts.asked.to_dict(),
         "stages": stages,
         "total": {key: sum(stage[key] for stage in stages) for key in keys},
         "memory": [dataclasses.asdict(part) for part in parts],
@@ -161,14 +164,17 @@ class _Facts:
         self.prompt = self.image + assume.text_tokens
         self.guideline = assume.guideline_tokens
         self.response = assume.response_tokens or max(1, cfg.rollout.max_completion_length // 2)
+        self.asked = EvaluationCount.of(cfg, assume.test_questions)
         self.bytes = 2 if cfg.model.dtype == "bfloat16" else 4
 
-    def lengths(self) -> dict[str, int]:
+    def lengths(self) -> dict[str, int | None]:
+        sizes = self.asked.sets.values()
+        shown = [size.questions for size in sizes if size.assumed or not self.cfg.eval.sets]
         return {
             "image_tokens": self.image,
             "prompt_tokens": self.prompt,
             "response_tokens": self.response,
-            "test_questions": self._test_questions(),
+            "test_questions": shown[0] if shown else None,
         }
 
     def dsa(self) -> dict[str, Any]:
@@ -199,17 +205,28 @@ class _Facts:
         gba, n = self.cfg.gba, self.cfg.rollout.num_generations
         batch = gba.questions_per_step * len(gba.guidelines) * n
         return self._generate(
-            "GBA: rollouts", gba.steps, gba.questions_per_step, len(gba.guidelines), n, batch
+            "GBA: rollouts",
+            gba.steps,
+            gba.questions_per_step,
+            len(gba.guidelines),
+            n,
+            batch,
+            self.guideline,
         )
 
     def evaluation(self) -> dict[str, Any]:
-        models = self.cfg.eval.models
-        caci = self.cfg.caci
-        count = len(models) + ("experts" in models) * (len(self.cfg.dsa.specialties) - 1)
-        candidates = len(caci.density) * len(caci.scale) * len(caci.rl_weight)
-        questions = count * self._test_questions()
-        questions += candidates * caci.selection_limit if candidates > 1 else 0
-        return self._generate("CACI and evaluation", 1, questions, 1, 1, questions)
+        """Merge candidates answer validation questions once, the models what ``eval`` asks."""
+        asked, guideline = self.asked, self.guideline if self.asked.guided else 0
+        prompts, samples = asked.prompts_per_question, asked.answers_per_prompt
+        name, every = "CACI and evaluation", asked.questions
+        batch = every * prompts * samples
+        row = self._generate(name, 1, every, prompts, samples, batch, guideline)
+        if candidates := merge_candidates(self.cfg):
+            every = candidates * self.cfg.caci.selection_limit
+            guideline = 0 if self.cfg.eval.guideline == "none" else self.guideline
+            more = self._generate(name, 1, every, 1, 1, every, guideline)
+            row |= {key: row[key] + more[key] for key in row if key not in ("stage", "steps")}
+        return row
 
     def memory(self) -> list[Part]:
         """Bytes on one GPU."""
@@ -243,10 +260,6 @@ class _Facts:
     def _n(self) -> int:
         return self.cfg.rollout.num_generations
 
-    def _tree(self, guidelines: int, n: int) -> Counts:
-        lengths = (self.prompt, self.guideline, self.response)
-        return tree_counts(*lengths, guidelines=guidelines, n=n)
-
     def _train(
         self,
         name: str,
@@ -260,7 +273,9 @@ class _Facts:
         full: bool = False,
     ) -> dict[str, Any]:
         lengths = (self.prompt, self.guideline, self.response)
-        pair = [self._tree(guidelines, n), plain_counts(*lengths, guidelines=guidelines, n=n)]
+        pair = [
+            count(*lengths, guidelines=guidelines, n=n) for count in (tree_counts, plain_counts)
+        ]
         flops = [
             rows
             * (
@@ -284,24 +299,32 @@ class _Facts:
         )
 
     def _generate(
-        self, name: str, calls: int, questions: int, guidelines: int, n: int, batch: int
+        self,
+        name: str,
+        calls: int,
+        questions: int,
+        guidelines: int,
+        n: int,
+        batch: int,
+        guideline: int,
     ) -> dict[str, Any]:
-        """``calls`` batches of ``questions``. Decoding reads weights and cache once per token
-        step."""
-        tree = self._tree(guidelines, n)
+        """``calls`` batches of ``questions``, with ``guideline`` tokens in each prompt after the question. Decoding
+        reads weights and cache once per token step."""
+        lengths = (self.prompt, guideline, self.response)
+        tree = tree_counts(*lengths, guidelines=guidelines, n=n)
         rows, rollouts = calls * questions, calls * questions * guidelines * n
-        bare = (self.prompt, self.guideline, 0)
-        plain = plain_counts(self.prompt, self.guideline, self.response, guidelines=guidelines, n=n)
+        bare = (self.prompt, guideline, 0)
+        plain = plain_counts(*lengths, guidelines=guidelines, n=n)
         cold = plain_counts(*bare, guidelines=guidelines, n=n)
         flops = [rows * forward_flops(self.model, c, self.image) for c in (tree, plain)]
         tokens = [rows * c.tokens for c in (tree, plain)]
         each = math.ceil(batch / self.gpus)  # rollouts of one GPU; every one reads all weights
         at_once = max(1, min(each, self.cfg.rollout.max_num_seqs))
         steps = self.gpus * calls * math.ceil(each / at_once) * self.response
-        context = self.prompt + self.guideline + self.response / 2
+        context = self.prompt + guideline + self.response / 2
         cache = rollouts * self.response * context * self.model.kv_bytes(self.bytes)
         reads = (steps * self.model.params * self.bytes + cache) / (self.assume.bandwidth * 1e12)
-        shared = self._tree(guidelines, n).tokens - tree.targets
+        shared = tree.tokens - tree.targets
         row = self._row(name, rows, rollouts, tokens, flops, calls, at_least=reads)
         return row | {"prefill_tokens": rows * shared, "prefill_tokens_plain": rows * cold.tokens}
 
@@ -331,13 +354,6 @@ class _Facts:
             "seconds_per_step": seconds[0],
             "seconds_per_step_plain": seconds[1],
         }
-
-    def _test_questions(self) -> int:
-        if self.assume.test_questions is not None:
-            return self.assume.test_questions
-        data = self.cfg.data
-        whole = self.cfg.phantom.test if data.test == "phantom" else data.limit or 2000
-        return min(whole, data.limit or whole)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def plan_text(estimate: Mapping[str, Any]) -> str:
         f"{_count(model['trained_parameters'])} trained in GBA, "
         f"{model['gflops_per_token']:.3g} GFLOP/token",
         render_table(headers, rows),
+        _evaluation_text(estimate["evaluation"]),
         render_table(["memory of one GPU", "held", "GB"], memory),
         *_bill_text(estimate),
         "An estimate, assuming: "
@@ -54,6 +55,26 @@ def plan_text(estimate: Mapping[str, Any]) -> str:
         "'plain' is the same work with one sequence per response and no shared prefix.",
     ]
     return "\n\n".join(parts)
+
+
+def _evaluation_text(asked: Mapping[str, Any]) -> str:
+    """What is asked of whom, and which sets are of unknown size."""
+    sets = ", ".join(
+        f"{name} {size['questions']:,}" + (" (assumed)" if size["assumed"] else "")
+        for name, size in asked["sets"].items()
+    )
+    models, prompts, answers = (
+        f"{count} {noun}{'s' if count > 1 else ''}"
+        for count, noun in (
+            (asked["models"], "model"),
+            (asked["prompts_per_question"], "prompt"),
+            (asked["answers_per_prompt"], "answer"),
+        )
+    )
+    return (
+        f"Evaluation: {models} on {sets} questions, {prompts} of each question, {answers} to each "
+        "prompt."
+    )
 
 
 def _bill_text(estimate: Mapping[str, Any]) -> list[str]:

@@ -250,6 +250,109 @@ def test_plan_scales_as_it_must():
     assert json.loads(json.dumps(base)) == base
 
 
+SETS = {
+    "whole": {"path": "phantom"},
+    "some": {"path": "phantom", "split": "validation", "limit": 50},
+    "all": {"path": "phantom", "split": "train", "limit": 999},
+    "unknown": {"path": "/data/slake"},
+    "first": {"path": "/data/slake", "limit": 30},
+}
+PHANTOM = {"train": 100, "validation": 60, "test": 40}
+QUESTIONS = {"whole": 40, "some": 50, "all": 100, "unknown": 2000, "first": 30}
+LENGTHS = Assumptions(image_tokens=600, text_tokens=200, response_tokens=256)
+
+# eval's settings, then the prompts of a question, the answers to one prompt, the guideline's tokens
+ASKED = [
+    ({}, 1, 1, 60),
+    ({"num_samples": 3}, 1, 3, 60),
+    ({"guideline": "bayesian", "num_samples": 3}, 1, 3, 60),
+    ({"guideline": "each"}, 4, 1, 60),
+    ({"guideline": "each", "num_samples": 3}, 4, 3, 60),
+    ({"guideline": "none", "num_samples": 2}, 1, 2, 0),
+    ({"prompt": "medevalkit"}, 1, 1, 0),
+]
+
+
+@pytest.mark.parametrize(("asked", "prompts", "samples", "guideline"), ASKED)
+def test_evaluation_is_counted_as_it_is_asked(asked, prompts, samples, guideline):
+    evaluation = {"models": ["base", "experts"], "sets": SETS} | asked
+    found = plan(_cfg(phantom=PHANTOM, eval=evaluation), LENGTHS)
+    row, rows = found["stages"][3], 5 * sum(QUESTIONS.values())  # the base and four experts
+    answers = prompts * samples
+    assert (row["rows"], row["responses"]) == (rows, rows * answers)
+    assert row["prefill_tokens"] == rows * (800 + prompts * guideline)
+    assert row["prefill_tokens_plain"] == rows * answers * (800 + guideline)
+    assert row["tokens"] - row["prefill_tokens"] == rows * answers * 256
+    assert row["tokens_plain"] - row["prefill_tokens_plain"] == rows * answers * 256
+    counts = tree_counts(800, guideline, 256, guidelines=prompts, n=samples)
+    assert row["flops"] == pytest.approx(rows * forward_flops(SEVEN_B, counts, 600), rel=1e-12)
+    assert found["evaluation"]["sets"] == {
+        name: {"questions": count, "assumed": name == "unknown"}
+        for name, count in QUESTIONS.items()
+    }
+
+
+@pytest.mark.parametrize("settings", [asked for asked, *_ in ASKED])
+def test_evaluation_is_counted_as_the_evaluation_asks(settings):
+    """The plan imports no engine, so it counts by itself what :class:`Asking` does."""
+    from mmedx_fast.evaluation.asking import Asking
+
+    cfg = _cfg(eval=settings)
+    asking, found = Asking.of(cfg.eval, cfg.seed), plan(cfg)["evaluation"]
+    for number in range(5):
+        assert found["prompts_per_question"] == len(asking.guidelines(number))
+    assert found["prompts_per_question"] * found["answers_per_prompt"] == asking.answers
+
+
+def test_merge_candidates_answer_once_whatever_the_evaluation_asks():
+    settings = {"sets": {"one": {"path": "phantom"}}, "num_samples": 5, "guideline": "each"}
+    one, two = (
+        plan(_cfg(eval=settings, caci={"density": density, "selection_limit": 70}), LENGTHS)
+        for density in ([0.2], [0.2, 0.5])
+    )
+    one, two = one["stages"][3], two["stages"][3]
+    for key, more in (("rows", 140), ("responses", 140), ("tokens", 140 * 1116)):
+        assert two[key] == one[key] + more
+    assert two["gpu_hours"] > one["gpu_hours"] and two["seconds_per_step"] > one["seconds_per_step"]
+
+
+@pytest.mark.parametrize(
+    ("data", "given", "count", "assumed"),
+    [
+        ({}, None, 40, False),
+        ({"limit": 25}, None, 25, False),
+        ({"test": "/data/slake"}, None, 2000, True),
+        ({"test": "/data/slake", "limit": 2500}, None, 2500, False),
+        ({"test": "/data/slake"}, 120, 120, True),
+    ],
+)
+def test_the_runs_own_test_set_is_counted_without_eval_sets(data, given, count, assumed):
+    found = plan(
+        _cfg(phantom=PHANTOM, data=data, eval={"models": ["rl"]}),
+        Assumptions(test_questions=given),
+    )
+    assert found["stages"][3]["rows"] == found["assumptions"]["test_questions"] == count
+    assert found["evaluation"]["sets"] == {"test": {"questions": count, "assumed": assumed}}
+
+
+def test_the_plan_says_what_it_took_the_evaluation_for():
+    cfg = _cfg(phantom=PHANTOM, eval={"sets": SETS, "num_samples": 3, "guideline": "each"})
+    text = plan_text(plan(cfg))
+    assert (
+        "Evaluation: 8 models on whole 40, some 50, all 100, unknown 2,000 (assumed), first 30 "
+        "questions, 4 prompts of each question, 3 answers to each prompt." in text
+    )
+    assert "test_questions 2000" in text
+    fewer = plan(cfg, Assumptions(test_questions=7))["evaluation"]["sets"]
+    assert fewer["unknown"]["questions"] == 7 and fewer["whole"]["questions"] == 40
+    known = plan(_cfg(eval={"models": ["base"], "sets": {"one": {"path": "phantom"}}}))
+    assert "test_questions" not in plan_text(known)
+    assert (
+        "Evaluation: 1 model on one 400 questions, 1 prompt of each question, 1 answer to each "
+        "prompt." in plan_text(known)
+    )
+
+
 def test_plan_text_shows_stages_memory_and_assumptions():
     text = plan_text(plan(_cfg()))
     for part in ("DSA: experts", "GBA: rollouts", "KV cache", "tflops 400.0", "8.29 G parameters"):
