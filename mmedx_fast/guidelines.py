@@ -68,28 +68,17 @@ all but intuitive
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from mmedx_fast.data.records import GUIDELINE_NAMES
-from mmedx_fast.guideline_bayes import read_updates
+from mmedx_fast.guideline_criteria import CORE, CRITERIA, marks_of
 from mmedx_fast.guideline_lexicon import (
-    ABSENCE,
     ASSOCIATE,
     BROKEN,
-    CAUSE,
-    CLAUSE,
     CONCLUDE,
-    CUE_STEMS,
     EXCLUDE,
     LIST_CUE,
-    MECHANISM_PATTERN,
-    NEGATED,
-    NEGATED_CAUSE,
-    PROBABILITY,
-    REASON,
     SHATTERED,
     SPLICED,
     STRONG_CONCLUDE,
@@ -97,20 +86,8 @@ from mmedx_fast.guideline_lexicon import (
     TURNED,
     affirmed,
 )
-from mmedx_fast.guideline_text import (
-    FUNCTION_WORDS,
-    WORD,
-    Case,
-    Mention,
-    Sentence,
-    bullet_items,
-    content_stems,
-    copied_share,
-    masked,
-    numbered_items,
-    read_case,
-    read_sentences,
-)
+from mmedx_fast.guideline_text import FUNCTION_WORDS, copied_share, read_case
+from mmedx_fast.guideline_trace import Trace, concluded, read_trace
 from mmedx_fast.scoring import match_option
 
 CORE_PENALTY = 0.3
@@ -149,99 +126,17 @@ GUIDELINES: dict[str, Guideline] = {
 }
 
 
-# A causal sentence: stems of its cause and topic, of its effect, of its cause alone, mechanism terms.
-Causal = tuple[Sentence, set[str], set[str], set[str], set[str]]
-
-
-@dataclasses.dataclass
-class _Trace:
-    """A read trace: sentences, the concluding sentence's index (-1: none) and its option."""
-
-    think: str
-    words: list[str]
-    case: Case
-    sentences: list[Sentence]
-    end: int
-    winner: str | None
-
-    @functools.cached_property
-    def named(self) -> set[int]:
-        """The findings that any sentence names."""
-        return set().union(*(s.findings for s in self.sentences)) if self.sentences else set()
-
-    @functools.cached_property
-    def listed(self) -> tuple[int, set[str], int] | None:
-        return _candidate_list(self)
-
-    @functools.cached_property
-    def causal(self) -> list[Causal]:
-        return _causal(self)
-
-
-def _clauses(sentence: Sentence) -> list[tuple[int, int, bool]]:
-    """(start, end, excluded) of each clause; a comma inside an option's text does not cut."""
-    cuts: list[tuple[int, bool]] = [(0, False)]
-    for match in CLAUSE.finditer(sentence.lower):
-        if not any(m.start < match.start() < m.end for m in sentence.mentions):
-            cuts.append((match.start(), match.group("turn") is not None))
-    clauses = []
-    for (start, turned), (end, _) in zip(
-        cuts, [*cuts[1:], (len(sentence.lower), False)], strict=True
-    ):
-        clauses.append((start, end, turned or bool(EXCLUDE.search(sentence.lower, start, end))))
-    return clauses
-
-
-def _concluded(sentence: Sentence, cue: re.Pattern[str]) -> str | None:
-    """The option a sentence concludes on: by its cue's clause first, what it rejects left out."""
-    if not sentence.mentions:
-        return None
-    cues = [
-        match.start()
-        for match in cue.finditer(sentence.lower)
-        if not NEGATED.search(sentence.lower, max(0, match.start() - 40), match.start())
-    ]
-    if not cues:
-        return None
-    at = cues[-1]
-    clauses = _clauses(sentence)
-    home = next(i for i, (start, end, _) in enumerate(clauses) if start <= at < max(end, start + 1))
-
-    def rank(mention: Mention) -> tuple[int, int]:
-        index = max(i for i, (start, _, _) in enumerate(clauses) if start <= mention.start)
-        if clauses[index][2]:
-            return (9, 0)
-        order = 0 if index == home and mention.start > at else 1 if index == home else 2
-        return (order if index >= home else 3, abs(mention.start - at))
-
-    best = min(sentence.mentions, key=rank)
-    return None if rank(best)[0] == 9 else best.letter
-
-
-def _read(think: str, case: Case) -> _Trace:
-    sentences = read_sentences(think, case)
-    end, winner = -1, None
-    length = sum(len(s.text) for s in sentences)
-    done = 0
-    for index, sentence in enumerate(sentences):
-        done += len(sentence.text)
-        late = index == len(sentences) - 1 or done > 0.7 * length
-        if late and (letter := _concluded(sentence, CONCLUDE)) is not None:
-            end, winner = index, letter
-    return _Trace(think, WORD.findall(think.lower()), case, sentences, end, winner)
-
-
-def _common_gates(trace: _Trace, answer: str | None) -> dict[str, bool]:
+def _common_gates(trace: Trace, answer: str | None) -> dict[str, bool]:
     words, count, lower = trace.words, len(trace.words), trace.think.lower()
     lines = Counter(line.strip().lower() for line in trace.think.splitlines() if line.strip())
     said = Counter(" ".join(s.words) for s in trace.sentences)
     strong = [
-        _concluded(s, STRONG_CONCLUDE)
+        concluded(s, STRONG_CONCLUDE)
         for s in trace.sentences
         if s.mentions and answer not in s.letters and not LIST_CUE.search(s.lower)
     ]
     taken_back = any(
-        s.letters == {answer} and CONCLUDE.search(s.lower) and _concluded(s, CONCLUDE) is None
+        s.letters == {answer} and CONCLUDE.search(s.lower) and concluded(s, CONCLUDE) is None
         for i, s in enumerate(trace.sentences)
         if i != trace.end
     )
@@ -266,7 +161,7 @@ def _common_gates(trace: _Trace, answer: str | None) -> dict[str, bool]:
     }
 
 
-def _backed(trace: _Trace, answer: str | None) -> bool:
+def _backed(trace: Trace, answer: str | None) -> bool:
     """Whether no option is supported by as many sentences of its own as the answer, or more."""
     votes: Counter[str] = Counter()
     others = {m.letter for s in trace.sentences[: trace.end] for m in s.mentions} - {answer}
@@ -281,179 +176,18 @@ def _backed(trace: _Trace, answer: str | None) -> bool:
     return not votes or max(votes.values()) < max(own, 1)
 
 
-def _candidate_list(trace: _Trace) -> tuple[int, set[str], int] | None:
-    """(index of its first sentence, options in it, number of candidates) of the first list."""
-    items, bullets = numbered_items(trace.think), bullet_items(trace.think)
-    heads = [
-        ms[0].letter for item in bullets if (ms := trace.case.mentions(item)) and ms[0].start < 5
-    ]
-    if len(set(heads)) >= 3:  # bullets are steps as often as candidates
-        items = items or bullets
-    if len(items) >= 3:
-        named = [trace.case.mentions(item) for item in items]
-        first = next((i for i, s in enumerate(trace.sentences) if items[0].startswith(s.text)), 0)
-        # An item may argue about its own candidate, so D3 may stand inside a numbered list.
-        return first - 1, {ms[0].letter for ms in named if ms}, len(items)
-    for index, sentence in enumerate(trace.sentences):
-        cue = LIST_CUE.search(sentence.lower)
-        if cue and (len(sentence.letters) >= 2 or len(trace.case.letters) < 2):
-            listed = masked(sentence.lower, sentence.mentions)[cue.end() :]
-            parts = re.split(r",|;|\band\b|\bor\b|:", listed)
-            extra = sum(1 for part in parts if content_stems(part) - CUE_STEMS)
-            return index, sentence.letters, len(sentence.letters) + extra
-    return None
-
-
-def _differential(trace: _Trace) -> dict[str, bool]:
-    listed = trace.listed
-    needed = min(3, max(2, len(trace.case.letters))) if len(trace.case.letters) > 1 else 3
-    enough = min(2, len(trace.case.letters))
-    start, letters, count = listed if listed is not None else (len(trace.sentences), set(), 0)
-    excluded = supported = False
-    for sentence in trace.sentences[start + 1 : trace.end + 1]:
-        others = sentence.letters - {trace.winner}
-        said = sentence.stems - CUE_STEMS
-        reason = (
-            sentence.findings
-            or (said and ABSENCE.search(sentence.lower))
-            or (len(said) >= 2 and REASON.search(sentence.lower))
-        )
-        if sentence.denies:
-            reason = None
-        if len(trace.case.letters) < 2:  # open question: the candidates' names are not known
-            others = {"?"}
-        excluded |= bool(others and EXCLUDE.search(sentence.lower) and reason)
-        supported |= bool(
-            trace.winner in sentence.letters
-            and affirmed(SUPPORT, sentence.lower)
-            and sentence.findings
-        )
-    return {
-        "D1_list": listed is not None,
-        "D2_candidates": count >= needed and len(letters) >= enough,
-        "D3_exclusion": excluded,
-        "D3_support": supported,
-        "D4_winner_listed": trace.winner in letters,
-    }
-
-
-def _intuitive(trace: _Trace) -> dict[str, bool]:
-    at = next(
-        (
-            index
-            for index, s in enumerate(trace.sentences)
-            if len(s.findings) >= 2 and trace.winner in s.letters and affirmed(ASSOCIATE, s.lower)
-        ),
-        None,
-    )
-    economical = (
-        len(trace.words) <= 120
-        and not PROBABILITY.search(trace.think.lower())
-        and not _lists(trace)
-        and sum(len(CAUSE.findall(s.lower)) for s in trace.sentences) <= 1
-    )
-    return {
-        "I1_association": at is not None,
-        "I2_prompt": at is not None and 0 <= trace.end - at <= 2,
-        "I3_economy": economical,
-    }
-
-
-def _causal(trace: _Trace) -> list[Causal]:
-    """The causal sentences in which both sides of the connective say something."""
-    found = []
-    for sentence in trace.sentences:
-        match = affirmed(CAUSE, sentence.lower)
-        if match is None:
-            continue
-        before, after = sentence.lower[: match.start()], sentence.lower[match.end() :]
-        if match.group("back") and not content_stems(before) - CUE_STEMS:
-            after, _, before = after.partition(",")  # "Because A, B"
-        left, right = content_stems(before) - CUE_STEMS, content_stems(after) - CUE_STEMS
-        if left and right:
-            said = masked(sentence.lower, sentence.mentions)
-            terms = set(MECHANISM_PATTERN.findall(said))
-            if match.group("back"):
-                found.append((sentence, left | right, left, right, terms))
-            else:
-                found.append((sentence, left, right, left, terms))
-    return found
-
-
-def _analytic(trace: _Trace) -> dict[str, bool]:
-    causal = trace.causal
-    sentences = [sentence for sentence, *_ in causal]
-    terms = set().union(*(mechanism for *_, mechanism in causal)) if causal else set()
-    causes = {s.start for s in sentences}
-    denied = any(
-        s.start not in causes
-        and NEGATED_CAUSE.search(s.lower)
-        and affirmed(CAUSE, s.lower) is None
-        and not s.letters - {trace.winner}
-        for s in trace.sentences
-    )
-    found = set().union(*(s.findings for s in sentences)) if causal else set()
-    explains = any(
-        trace.case.findings_in(effect)
-        and MECHANISM_PATTERN.search(" ".join(origin - trace.case.finding_stems))
-        for _, _, effect, origin, _ in causal
-    )
-    chain = any(
-        causal[i][2] & causal[j][1] for i in range(len(causal)) for j in range(i + 1, len(causal))
-    )
-    return {
-        "A1_causal": len(causal) >= 2 and not denied,
-        "A2_mechanism": len(terms) >= 2,
-        "A3_explains": explains and len(found) >= min(2, len(trace.case.findings)),
-        "A4_chain": len(causal) >= 2 and (chain or len(causal) >= 3),
-    }
-
-
-def _bayesian(trace: _Trace) -> dict[str, bool]:
-    return read_updates(trace.sentences, trace.winner, trace.case.finding_stems)
-
-
-def _lists(trace: _Trace) -> bool:
-    listed = trace.listed
-    return listed is not None and listed[2] >= min(3, max(2, len(trace.case.letters)))
-
-
-def _marks(trace: _Trace) -> set[str]:
-    """Guidelines a trace shows even a weak mark of; intuitive has none of its own."""
-    marks = {"differential"} if _lists(trace) else set()
-    if any(mechanism for *_, mechanism in trace.causal):
-        marks.add("analytic")
-    if any(PROBABILITY.search(s.lower) and re.search(r"\d", s.lower) for s in trace.sentences):
-        marks.add("bayesian")
-    return marks
-
-
-_CRITERIA: dict[str, Callable[[_Trace], dict[str, bool]]] = {
-    "differential": _differential,
-    "intuitive": _intuitive,
-    "analytic": _analytic,
-    "bayesian": _bayesian,
-}
-_CORE = {
-    "differential": ("D1_list", "D2_candidates", "D3_exclusion", "D3_support"),
-    "intuitive": ("I1_association", "I3_economy"),
-    "analytic": ("A1_causal", "A2_mechanism", "A3_explains", "A4_chain"),
-    "bayesian": ("B1_prior", "B2_updates", "B3_numbers", "B6_highest"),
-}
-
-
-def _judge(trace: _Trace, guideline: str, gates: dict[str, bool]) -> Adherence:
-    foreign = _marks(trace) - {guideline}
+def _judge(trace: Trace, guideline: str, gates: dict[str, bool]) -> Adherence:
+    foreign = marks_of(trace) - {guideline}
     gates = gates | {"single": len(foreign) < 2}
-    criteria = _CRITERIA[guideline](trace)
+    criteria = CRITERIA[guideline](trace)
     if guideline == "intuitive":
         gates["findings"] = len(trace.named) >= min(3, max(1, len(trace.case.findings)))
     else:
-        criteria["focus"] = not any(all(_CRITERIA[name](trace).values()) for name in foreign)
+        criteria["focus"] = not any(all(CRITERIA[name](trace).values()) for name in foreign)
     if not all(gates.values()):
         return Adherence(0.0, gates, criteria)
     score = sum(criteria.values()) / len(criteria)
-    core = all(criteria[name] for name in _CORE[guideline])
+    core = all(criteria[name] for name in CORE[guideline])
     return Adherence(score if core else CORE_PENALTY * score, gates, criteria)
 
 
@@ -463,7 +197,7 @@ def _prepare(
     options: Mapping[str, str] | None,
     answer: str | None,
     findings: tuple[str, ...],
-) -> tuple[_Trace, dict[str, bool]]:
+) -> tuple[Trace, dict[str, bool]]:
     letter = None
     if options:
         pairs = tuple(options.items())
@@ -472,7 +206,7 @@ def _prepare(
     else:  # an open question: the answer itself is the one hypothesis known by name
         pairs = (("=", answer),) if answer else ()
         letter = "=" if answer else None
-    trace = _read(think, read_case(question, pairs, tuple(findings)))
+    trace = read_trace(think, read_case(question, pairs, tuple(findings)))
     return trace, _common_gates(trace, letter)
 
 
