@@ -10,9 +10,12 @@ import tarfile
 import venv
 import zipfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from mmedx_fast import __version__
 from mmedx_fast._paths import CONFIG_DIR, find_config, shipped_configs
@@ -113,12 +116,12 @@ def test_wheel_installs_one_top_level_name(built: Built):
 def test_core_needs_torch_triton_and_numpy_only(built: Built):
     with zipfile.ZipFile(built.wheel) as wheel:
         text = wheel.read(f"mmedx_fast-{__version__}.dist-info/METADATA").decode()
-    metadata = email.message_from_string(text)
-    core = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
+    stated = email.message_from_string(text)
+    core = [r for r in stated.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert {r.split(">")[0].split(";")[0].strip() for r in core} == {"numpy", "torch", "triton"}
     extras = {"train", "cpu", "cuda", "flash", "trl", "verl", "dev"}
-    assert set(metadata.get_all("Provides-Extra", [])) == extras
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(stated.get_all("Provides-Extra", [])) == extras
+    assert stated["License-Expression"] == "Apache-2.0"
 
 
 @pytest.mark.slow
@@ -158,3 +161,58 @@ def test_find_config_names_what_there_is(
         find_config(name)
     assert repr(name) in str(caught.value)
     assert "demo.yaml" in shipped_configs()
+
+
+def requirements_of(*names: str) -> set[str]:
+    """The distributions that pip would install for these, themselves included."""
+    found: set[str] = set()
+    waiting = [canonicalize_name(name) for name in names]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for line in metadata.requires(name) or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(canonicalize_name(requirement.name))
+    return found
+
+
+def bare_venv(folder: Path, distributions: set[str]) -> Path:
+    """A new environment that holds these distributions, as links, and nothing else of this one."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    site_packages = next((folder / "lib").glob("python3*")) / "site-packages"
+    for name in distributions:
+        files = metadata.files(name)
+        assert files is not None, name
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            link = site_packages / top
+            if not link.exists():
+                link.symlink_to(Path(sysconfig.get_path("purelib")) / top)
+    return folder / "bin" / "python"
+
+
+ALONE = """
+import runpy, sys
+from importlib.util import find_spec
+unwanted = ("transformers", "vllm", "deepspeed", "peft", "trl", "datasets", "pydantic", "yaml")
+assert not [name for name in unwanted if find_spec(name)], "the environment is not bare"
+for example in sys.argv[1:]:
+    runpy.run_path(example, run_name="__main__")
+from mmedx_fast import ops
+print(ops.__file__)
+"""
+
+
+@pytest.mark.slow
+def test_the_ops_work_where_only_their_requirements_are_installed(built: Built, tmp_path: Path):
+    needed = requirements_of("numpy", "torch", "triton")
+    python = bare_venv(tmp_path / "venv", needed)
+    with zipfile.ZipFile(built.wheel) as wheel:
+        wheel.extractall(next((tmp_path / "venv" / "lib").glob("python3*")) / "site-packages")
+    examples = [ROOT / "examples" / f"{name}.py" for name in ("op_alone", "grpo_loop")]
+    printed = run(python, "-c", ALONE, *examples, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert Path(printed.splitlines()[-1]).is_relative_to(tmp_path / "venv")
+    report = run(python.parent / "python", "-m", "mmedx_fast.cli", "doctor", cwd=tmp_path)
+    assert "pip install 'mmedx-fast[train]'" in report
