@@ -95,3 +95,17 @@ def _kernels_get_nan(request: pytest.FixtureRequest) -> None:
     """The tests named after a file of kernels/ run with `nan_empty`; others may ask for it."""
     if request.node.path.stem in KERNEL_TESTS:
         request.getfixturevalue("nan_empty")
+
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_launcher_of_another_module() -> Iterator[None]:
+    """What one module's engines leave in the environment must not make the next one's processes
+    look for a launcher: DeepSpeed needs LOCAL_RANK, and accelerate takes it for a launch of several."""
+    before = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
+    yield
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+    os.environ.update(before)
