@@ -23,17 +23,17 @@ class MetricsLogger:
     """Appends to ``<stage_dir>/metrics.jsonl`` and to TensorBoard events under ``tb_dir``.
 
     ``resume_step`` is the last step whose work is kept: later lines are dropped, as the run will
-    write them again. ``None`` starts the file anew. ``tb_dir=None`` writes no events. Use as a
-    context manager.
+    write them again. ``None`` starts the file anew. ``tb_dir=None`` writes no events; the first
+    event replaces those of earlier processes by the lines that were kept. Use as a context manager.
     """
 
     def __init__(self, stage_dir: Path, tb_dir: Path | None, *, resume_step: int | None):
         self.path = Path(stage_dir) / "metrics.jsonl"
         self._tb_dir = tb_dir
-        self._purge_step = 0 if resume_step is None else resume_step + 1
         self._writer: Any = None
-        kept = _lines_to_keep(self.path, resume_step)
-        if kept is not None:
+        self._kept = _rows_to_keep(self.path, resume_step)
+        kept = b"".join(line for _, line in self._kept)
+        if self.path.exists() and self.path.read_bytes() != kept:
             write_bytes(self.path, kept)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab", buffering=0)
@@ -81,13 +81,26 @@ class MetricsLogger:
         if self._tb_dir is None:
             return
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._tb_dir), purge_step=self._purge_step)  # type: ignore[no-untyped-call]
-        for key, value in row.items():
-            if not isinstance(value, str):
-                self._writer.add_scalar(key, value, step)
+            self._writer = self._open_events(self._tb_dir)
+        _add_scalars(self._writer, step, row, None)
         self._writer.flush()
+
+    def _open_events(self, tb_dir: Path) -> Any:
+        """A writer whose one file holds the rows kept so far.
+
+        Not ``SummaryWriter(purge_step=...)``: TensorBoard reads files in the order of their names,
+        second, host, process and counter as text, so after a quick or a skewed restart it meets the
+        purge before what it should purge.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        for old in tb_dir.glob("events.out.tfevents.*"):
+            old.unlink()
+        writer = SummaryWriter(str(tb_dir))  # type: ignore[no-untyped-call]
+        for row, _ in self._kept:
+            _add_scalars(writer, row["step"], _with_nan(row), row.get("time"))
+        self._kept = []
+        return writer
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -123,14 +136,19 @@ def _parse(path: Path) -> list[tuple[dict[str, Any], bytes]]:
     return out
 
 
-def _lines_to_keep(path: Path, resume_step: int | None) -> bytes | None:
-    """The bytes the file should start with, or None when it has exactly those already."""
-    if not path.exists():
-        return None
-    kept = b""
-    if resume_step is not None:
-        kept = b"".join(line for row, line in _parse(path) if row["step"] <= resume_step)
-    return None if kept == path.read_bytes() else kept
+def _rows_to_keep(path: Path, resume_step: int | None) -> list[tuple[dict[str, Any], bytes]]:
+    """Rows and lines the file should start with."""
+    if resume_step is None:
+        return []
+    return [(row, line) for row, line in _parse(path) if row["step"] <= resume_step]
+
+
+def _add_scalars(
+    writer: Any, step: int, row: Mapping[str, float | str], seconds: float | None
+) -> None:
+    for key, value in row.items():
+        if key not in ("step", "time") and not isinstance(value, str):
+            writer.add_scalar(key, value, step, walltime=seconds)
 
 
 def _with_nan(row: dict[str, Any]) -> dict[str, Any]:

@@ -77,8 +77,6 @@ def ensure_distributed(device: torch.device) -> None:
 
     # Its shared-memory all-reduce is compiled on first use; gloo does the same without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Read by ZeRO-3 in every forward; a launcher has set it already.
-    os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         if ds_comm.cdb is not None:
@@ -92,6 +90,27 @@ def ensure_distributed(device: torch.device) -> None:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(backend, verbose=False)
+
+
+_borrowers = 0
+"""Open engines that read a LOCAL_RANK of ours."""
+
+
+def _lend_local_rank() -> None:
+    """ZeRO-3 reads LOCAL_RANK in every forward. Without a launcher it is ours to set, and to take back:
+    accelerate takes it for a launch of several processes."""
+    global _borrowers
+    if _borrowers or "LOCAL_RANK" not in os.environ:
+        os.environ["LOCAL_RANK"] = "0"
+        _borrowers += 1
+
+
+def _take_local_rank_back() -> None:
+    global _borrowers
+    if _borrowers:
+        _borrowers -= 1
+        if not _borrowers:
+            os.environ.pop("LOCAL_RANK", None)
 
 
 def gathered(params: Sequence[nn.Parameter]) -> Any:
@@ -178,6 +197,7 @@ class Engine:
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ensure_distributed(device)
+        _lend_local_rank()
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=basic,
@@ -432,3 +452,4 @@ class Engine:
         self._basic.state.clear()
         del self.engine, self._basic, self._scheduler
         self.params.clear()
+        _take_local_rank_back()

@@ -2,17 +2,18 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from mmedx_fast.metrics import MetricsLogger, read_metrics, without_times
 
 
 def _events(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     loaded = EventAccumulator(str(folder), purge_orphaned_data=True)
     loaded.Reload()
     return {
@@ -58,7 +59,12 @@ def test_value_that_is_no_number_is_named(tmp_path, bad):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_killed_and_resumed_equals_unbroken(tmp_path):
+@pytest.mark.parametrize("later", [0, 100, -100], ids=["same second", "later", "clock set back"])
+def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch, later):
+    now = [1_800_000_000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    # Event files are named by second, host, process and a counter, and read in that order.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(8))
     _run(tmp_path / "unbroken", range(1, 9), None)
     # Checkpoint at 4, killed in the middle of writing step 7, resumed from the checkpoint.
     _run(tmp_path / "broken", range(1, 7), None)
@@ -66,6 +72,7 @@ def test_killed_and_resumed_equals_unbroken(tmp_path):
     with open(path, "a") as file:
         file.write('{"step": 7, "lo')
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    now[0] += later
     _run(tmp_path / "broken", range(5, 9), 4, offset=100.0)
     rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("unbroken", "broken")]
     assert without_times(rows[0]) == without_times(rows[1]) and len(rows[0]) == 8
@@ -73,6 +80,8 @@ def test_killed_and_resumed_equals_unbroken(tmp_path):
     events = [_events(tmp_path / name / "tb") for name in ("unbroken", "broken")]
     assert events[0]["loss"] == events[1]["loss"] and len(events[0]["loss"]) == 8
     assert "note" not in events[0]
+    times = EventAccumulator(str(tmp_path / "broken" / "tb")).Reload().Scalars("loss")
+    assert [e.wall_time for e in times] == [now[0] - later] * 4 + [now[0]] * 4
 
 
 def test_resume_at_zero_drops_everything_after_it_and_none_everything(tmp_path):

@@ -5,13 +5,14 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmedx_fast import swiglu
+from mmedx_fast import policy_engine, swiglu
 from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig
 from mmedx_fast.ops import PolicyLossSpec, linear_logprob, token_weights
 from mmedx_fast.policy import Policy, TreeMismatchError
@@ -455,6 +456,22 @@ def test_four_policies_one_after_the_other_leave_no_memory_behind(base):
         assert torch.nn.functional.linear is linear  # ZeRO-3 has one of its own
     assert held > 500_000
     assert max(sizes) - sizes[0] < 20_000, sizes
+
+
+def test_the_environment_says_no_local_rank_once_the_last_policy_is_closed(base, monkeypatch):
+    """accelerate would take it for a launch of several processes."""
+    monkeypatch.setattr(policy_engine, "_borrowers", 0)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    first = load(base, train=True)
+    second = load(base, train=True)
+    assert os.environ["LOCAL_RANK"] == "0"
+    first.close()
+    assert os.environ["LOCAL_RANK"] == "0"
+    second.close()
+    assert "LOCAL_RANK" not in os.environ
+    monkeypatch.setenv("LOCAL_RANK", "3")  # a launcher's stays
+    load(base, train=True).close()
+    assert os.environ["LOCAL_RANK"] == "3"
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
