@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from mmedx_fast.data.image_finder import ImageFinder
 from mmedx_fast.data.images import image_digest
 from mmedx_fast.data.records import Record
 from mmedx_fast.data.rejected import Rejected, RejectedFile, rejected_row
-from mmedx_fast.data.rows import Loader, RowContext, RowError, read_plain
+from mmedx_fast.data.rows import Loader, RawRow, Row, RowContext, RowError, read_plain
 from mmedx_fast.data.specialties import assign_specialty
 
 LOADERS: dict[str, Loader] = {
@@ -144,44 +144,52 @@ class RecordStream(Iterator[Record]):
         ids: set[int] = set()
         rules, include = self.specialty_rules, self._include
         for file in self.files:
-            for number, record in self._rows(file):
-                key = id_hash(record.id)
-                if key in ids:
-                    self._refuse_duplicate(record.id, file, number)
-                ids.add(key)
-                rule = "column"
-                if record.specialty is None:
-                    specialty, rule = assign_specialty(record)
-                    # It was made just now and nobody else has it; a copy takes as long as all the rest.
-                    object.__setattr__(record, "specialty", specialty)
-                if include is not None and not include(record):
-                    self.excluded += 1
-                    continue
-                rules[rule] += 1
-                self.count += 1
-                yield record
-                if self.count == self._limit:
-                    return
+            context = self._context(file)
+            for first, rows in self._rows(file, context):
+                for number, record in enumerate(rows, first):
+                    if not isinstance(record, Record):
+                        if (made := self._parse(record, file, number, context)) is None:
+                            continue
+                        record = made
+                    known = len(ids)
+                    ids.add(id_hash(record.id))
+                    if len(ids) == known:
+                        self._refuse_duplicate(record.id, file, number)
+                    rule = "column"
+                    if record.specialty is None:
+                        specialty, rule = assign_specialty(record)
+                        # It was made just now and nobody else has it; a copy takes as long as all the rest.
+                        object.__setattr__(record, "specialty", specialty)
+                    if include is not None and not include(record):
+                        self.excluded += 1
+                        continue
+                    rules[rule] += 1
+                    self.count += 1
+                    yield record
+                    if self.count == self._limit:
+                        return
         if not self.count and not self.excluded:
             self._raise_nothing_usable()
 
-    def _rows(self, file: Path) -> Iterator[tuple[int, Record]]:
-        """The records of a file with their line numbers; rows that give none are counted."""
-        context = self._context(file)
-        loader = self._loader
-        rows = read_plain(file, loader.plain(context)) if loader.plain else loader.rows(file)
-        for number, row in rows:
-            if isinstance(row, Record):
-                yield number, row
-                continue
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                record = loader.parse(row, number, context)
-            except RowError as error:
-                self._reject(rejected_row(file, number, row, error))
-                continue
-            yield number, record
+    def _rows(self, file: Path, context: RowContext) -> Iterator[tuple[int, Sequence[RawRow]]]:
+        """The rows of a file, some at a time, with the number of the first of them."""
+        if self._loader.plain:
+            return read_plain(file, self._loader.plain(context))
+        return ((number, (row,)) for number, row in self._loader.rows(file))
+
+    def _parse(
+        self, row: Row | RowError | None, file: Path, number: int, context: RowContext
+    ) -> Record | None:
+        """The record of a row; one that gives none is counted, unless it is blank."""
+        if row is None:
+            return None
+        try:
+            if isinstance(row, RowError):
+                raise row
+            return self._loader.parse(row, number, context)
+        except RowError as error:
+            self._reject(rejected_row(file, number, row, error))
+            return None
 
     def _reject(self, row: Rejected) -> None:
         self.reasons[row.reason] += 1

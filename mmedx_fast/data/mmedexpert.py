@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -25,10 +25,10 @@ from mmedx_fast.data.conclusion import concluded_option
 from mmedx_fast.data.images import read_encoded
 from mmedx_fast.data.records import (
     GUIDELINE_NAMES,
-    SPECIALTIES,
     AnswerType,
     ImageRef,
     Record,
+    Specialty,
     plain_record,
 )
 from mmedx_fast.data.rows import (
@@ -98,13 +98,13 @@ class _Plain(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False)
 
     id: str
     dataset: str | None = None
-    specialty: str | None = None
+    specialty: Specialty | None = None
     images: list[str] | None = None
     question: str
     options: dict[str, str]
     answer_label: str
     answer: str | None = None
-    answer_type: str | None = None
+    answer_type: Literal["mcq"] | None = None
     reasoning: str | dict[str, str] | None = None
     paradigm: str | None = None
     source: Any = msgspec.UNSET
@@ -121,12 +121,7 @@ def plain(context: RowContext) -> PlainLine:
         try:
             row = decode(line)
             native, question, options, label = row.id, row.question, row.options, row.answer_label
-            answer, specialty, dataset, names = (
-                options[label],
-                row.specialty,
-                row.dataset,
-                row.images,
-            )
+            answer, dataset, names = options[label], row.dataset, row.images
             if (
                 not native
                 or native.strip() != native
@@ -134,8 +129,6 @@ def plain(context: RowContext) -> PlainLine:
                 or question.strip() != question
                 or not are_plain(options)
                 or (row.answer != answer and row.answer is not None)
-                or (specialty is not None and specialty not in SPECIALTIES)
-                or (row.answer_type is not None and row.answer_type != "mcq")
                 or (dataset is not None and (not dataset or dataset.strip() != dataset))
             ):
                 return None
@@ -154,7 +147,7 @@ def plain(context: RowContext) -> PlainLine:
                 answer,
                 "mcq",
                 reasoning,
-                specialty,
+                row.specialty,
                 _plain_meta(row),
             )
         except _NOT_PLAIN:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-SPECIALTIES: tuple[str, ...] = ("adult_medicine", "pediatrics", "brain_senses", "oncology_surgery")
+Specialty = Literal["adult_medicine", "pediatrics", "brain_senses", "oncology_surgery"]
+SPECIALTIES: tuple[str, ...] = get_args(Specialty)
 GUIDELINE_NAMES: tuple[str, ...] = ("differential", "intuitive", "analytic", "bayesian")
 
 AnswerType = Literal["mcq", "yesno", "closed", "open"]
