@@ -50,7 +50,7 @@ $(VENV)/verl/.installed: requirements/verl.txt $(VENV)/.created
 # `kernels`, first on the path (CONTRIBUTING.md, "Layout"). One thread: the tensors are small, and
 # OpenMP threads that wait for a busy core make a loaded machine many times slower.
 test: $(WITH_DEV) $(if $(VERL),$(VENV)/verl/.installed)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=10 $(TESTS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=40 $(TESTS)
 ifneq ($(VERL),)
 ifeq ($(TESTS),)
 	PYTHONPATH=$(CURDIR)/$(VENV)/verl OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -q tests/test_verl.py tests/test_examples.py -k verl

@@ -34,6 +34,9 @@ settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files of long tests first, so that no process ends with one of them alone (Makefile: xdist keeps the order).
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
     if ENVIRONMENT.device == "cuda":
         return
     for item in items:
