@@ -191,6 +191,39 @@ def test_with_a_server_rank_0_asks_for_all_ranks(monkeypatch: pytest.MonkeyPatch
         follower.generate(QUESTIONS, [None], Sampling())
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_goes_on_with_rollouts_that_waited(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Rank 0 with those of the checkpoint, the others with none; all of them made by the version before
+    the one that the engine serves now."""
+    from mmedx_fast import ranks
+    from mmedx_fast.rollout.server_follower import ServerFollower
+    from mmedx_fast.stages.gba import _Trainer
+
+    monkeypatch.setattr(ranks, "rank", lambda: rank)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    before = Ahead(batch)
+    before.start(4)
+    extra = json.loads(json.dumps({"ahead": before.state(4)}))
+    trainer: Any = object.__new__(_Trainer)
+    trainer.cfg = load_config(DEMO, [*SMALL, SERVER, "rollout.async_steps=1"])
+    trainer.gba, trainer.async_steps = trainer.cfg.gba, 1
+    trainer.questions, trainer.order = QUESTIONS, [[0, 1]] * 5
+    engine = ServerFollower()
+    trainer.ctx = SimpleNamespace(engine=engine)
+    trainer.ahead = Ahead(trainer.make)
+    trainer.restore_ahead(3, extra)
+    engine.load_adapter("the adapter of step 3", 3)
+    assert trainer.ahead.take(4) == (batch(4) if rank == 0 else Batch([], 2, 1 / 3))
+    if rank == 1:
+        trainer.ahead.start(5)
+        trainer.ahead.wait()
+        assert trainer.ahead.take(5) == Batch([], 3, None)
+    with pytest.raises(StageError, match="delete this checkpoint"):
+        trainer.restore_ahead(3, {})
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server whose numbers depend on no batch: one sequence at a time, nothing from a cache."""

@@ -94,9 +94,16 @@ class Ahead:
         }
 
     def restore(
-        self, state: Mapping[str, Any] | None, step: int, questions: Sequence[Question]
+        self,
+        state: Mapping[str, Any] | None,
+        step: int,
+        questions: Sequence[Question],
+        *,
+        own: bool = True,
     ) -> None:
         """Put the rollouts of ``step`` back; prompts are made again from its ``questions``.
+
+        ``own``: whether this rank made them. One that did not waits with none of them, as it did before.
 
         Raises StageError when the state is that of another step, or there is none.
         """
@@ -107,7 +114,7 @@ class Ahead:
                 "they came from is gone; delete this checkpoint to go on from the one before"
             )
         rollouts = []
-        for row in state["rollouts"]:
+        for row in state["rollouts"] if own else ():
             values = dict(zip(state["fields"], row, strict=True))
             prompt = questions[values["question"]].prompt_ids(values["guideline"])
             rollouts.append(Rollout(prompt_ids=prompt, **values))

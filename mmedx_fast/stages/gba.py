@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,8 +165,7 @@ class _Trainer:
             done, meter_state, extra = load_progress(self.stage, self.policy)
             self.meter: PhaseMeter = PhaseMeter(meter_state)
             self.rates = step_rates(self.policy, self.cfg, full=self.gba.finetuning_type == "full")
-            if self.async_steps and 0 < done < self.gba.steps and ranks.is_main():
-                self.ahead.restore(extra.get("ahead"), done + 1, self.questions_of(done + 1))
+            self.restore_ahead(done, extra)
             bound = RowBound(self.gba, extra.get("row_tokens"))
             self.learner = Learner(self.cfg, self.policy, self.meter, self.rates, bound)
             self.bad_steps = BadSteps(
@@ -242,6 +242,16 @@ class _Trainer:
         if not self.async_steps:
             self.ctx.engine.sleep()
         return rollouts, made
+
+    def restore_ahead(self, done: int, extra: Mapping[str, Any]) -> None:
+        """Put back the rollouts that waited in the checkpoint of step ``done``.
+
+        Rank 0 saves and gets them; the other ranks, for which its engine makes them too, must not make
+        theirs either: the version they come from is gone.
+        """
+        if self.async_steps and 0 < done < self.gba.steps:
+            questions = self.questions_of(done + 1)
+            self.ahead.restore(extra.get("ahead"), done + 1, questions, own=ranks.is_main())
 
     def make(self, step: int) -> Batch:
         """This rank's rollouts of ``step``, with the adapter that the engine serves; may run in a
