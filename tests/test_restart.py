@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,8 @@ from mmedx_fast.run_folder import RunFolder
 from mmedx_fast.stages.context import Context, StageError
 from mmedx_fast.stages.dsa import run_dsa
 from mmedx_fast.stages.gba import _Trainer, run_gba
-from mmedx_fast.stages.guard import out_of_memory
+from mmedx_fast.stages.guard import RowBound, out_of_memory
+from mmedx_fast.tree import Branch, Tree
 
 SMALL = [
     "phantom.train=20",
@@ -295,12 +297,27 @@ def test_rows_that_do_not_fit_are_cut_for_the_rest_of_the_run(
     assert caplog.text.count("out of memory on a row of") == 1
     assert len(after) > 2 and max(after) <= memory.tokens < longest
     saved = load_latest(tmp_path / "run" / "gba")
-    assert saved is not None and max(after) <= saved[2]["extra"]["row_tokens"] < longest
+    assert saved is not None
+    bound = saved[2]["extra"]["row_bound"]
+    assert bound["setting"] == 8192 and max(after) <= bound["tokens"] < longest
     memory.shrinks_at = 0
     del memory.lengths[:]
     found = train()
     assert caplog.text.count("out of memory on a row of") == 1 and memory.lengths
     close(found, unbroken)
+
+
+def test_a_raised_bound_counts_in_a_run_that_goes_on() -> None:
+    setting = config(Path("unused")).gba
+    bound = RowBound(setting)
+    assert bound.state is None and bound.tokens == setting.max_row_tokens == 8192
+    plans: list[Any] = [SimpleNamespace(n_tokens=tokens) for tokens in (60, 4000)]
+    bound.lower([Tree((Branch(range(20), range(10)),) * 3)], plans, "full")
+    saved = json.loads(json.dumps(bound.state))
+    assert bound.tokens == 2000 and RowBound(setting, saved).tokens == 2000
+    for tokens in (4096, 16384):
+        again = RowBound(setting.model_copy(update={"max_row_tokens": tokens}), saved)
+        assert again.tokens == tokens and again.state is None
 
 
 def test_a_rollout_that_does_not_fit_alone_names_the_settings(

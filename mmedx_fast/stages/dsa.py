@@ -140,7 +140,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
         check_tree(policy, questions[0], [key or None for key in questions[0].record.reasoning])
         done, meter_state, extra = load_progress(stage, policy)
         meter, rates = PhaseMeter(meter_state), step_rates(policy, cfg)
-        bound = RowBound(cfg.gba, extra.get("row_tokens"))
+        bound = RowBound(cfg.gba, extra.get("row_bound"))
         bad_steps = BadSteps(stage, dsa.optimizer, "dsa.optimizer", extra.get("bad_steps", 0))
         order = list(
             batches(len(questions), dsa.questions_per_step, dsa.steps, (cfg.seed, specialty))
@@ -160,7 +160,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
                 stopping = stop.agreed()
                 due = step % dsa.save_steps == 0 or stopping
                 if due and step < dsa.steps:
-                    extra = {"row_tokens": bound.tokens, "bad_steps": bad_steps.in_a_row}
+                    extra = {"row_bound": bound.state, "bad_steps": bad_steps.in_a_row}
                     save_progress(stage, step, policy, meter, cfg, extra)
                     if stopping:
                         raise Stopped(f"DSA {specialty} stopped after step {step}; it is saved")

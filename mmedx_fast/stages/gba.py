@@ -166,7 +166,7 @@ class _Trainer:
             self.meter: PhaseMeter = PhaseMeter(meter_state)
             self.rates = step_rates(self.policy, self.cfg, full=self.gba.finetuning_type == "full")
             self.restore_ahead(done, extra)
-            bound = RowBound(self.gba, extra.get("row_tokens"))
+            bound = RowBound(self.gba, extra.get("row_bound"))
             self.learner = Learner(self.cfg, self.policy, self.meter, self.rates, bound)
             self.bad_steps = BadSteps(
                 self.stage, self.gba.optimizer, "gba.optimizer", extra.get("bad_steps", 0)
@@ -189,7 +189,7 @@ class _Trainer:
                     due = step % self.gba.save_steps == 0 or stopping
                     if due and step < self.gba.steps:
                         extra = {
-                            "row_tokens": self.learner.bound.tokens,
+                            "row_bound": self.learner.bound.state,
                             "bad_steps": self.bad_steps.in_a_row,
                         }
                         if self.async_steps:

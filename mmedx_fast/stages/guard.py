@@ -130,10 +130,21 @@ def out_of_memory(error: BaseException) -> bool:
 class RowBound:
     """The bound on a row's unique tokens: ``gba.max_row_tokens``, lower once memory has run out."""
 
-    def __init__(self, bounds: GbaConfig, lowered: int | None = None) -> None:
-        """``lowered``: the bound of the run that goes on, from its checkpoint."""
+    def __init__(self, bounds: GbaConfig, saved: Mapping[str, int] | None = None) -> None:
+        """``saved``: :attr:`state` of the run that goes on, from its checkpoint. It counts while the
+        setting is the one that memory ran out under; another is tried."""
         self._bounds = bounds
-        self.tokens = min(bounds.max_row_tokens, lowered or bounds.max_row_tokens)
+        self.tokens = bounds.max_row_tokens
+        if saved is not None and saved["setting"] == bounds.max_row_tokens:
+            self.tokens = min(self.tokens, saved["tokens"])
+
+    @property
+    def state(self) -> dict[str, int] | None:
+        """The bound and the setting that it was lowered from, for a checkpoint; null while it is the
+        setting."""
+        if self.tokens == self._bounds.max_row_tokens:
+            return None
+        return {"tokens": self.tokens, "setting": self._bounds.max_row_tokens}
 
     def of(self, trees: Sequence[Tree]) -> GbaConfig:
         """The bounds for rows of these trees: a lowered one still gives a single rollout a row."""
@@ -155,8 +166,8 @@ class RowBound:
                 f"rollout.gpu_memory_utilization ({reason})"
             )
         LOG.warning(
-            "out of memory on a row of %d tokens: for the rest of the run rows are bounded by %d "
-            "tokens instead of %d (gba.max_row_tokens); the step is done again",
+            "out of memory on a row of %d tokens: until gba.max_row_tokens is changed, rows are bounded "
+            "by %d tokens instead of %d; the step is done again",
             longest,
             lower,
             self.tokens,
