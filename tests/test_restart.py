@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from bench import kill
+from mmedx_fast import ranks
 from mmedx_fast._paths import find_config
 from mmedx_fast.checkpoint import load_latest
 from mmedx_fast.config import Config, load_config
@@ -27,10 +28,11 @@ from mmedx_fast.rollout import EngineError, RolloutError, Sampling
 from mmedx_fast.rollout.vllm_engine import VllmEngine
 from mmedx_fast.rollout.watchdog import EXIT_HUNG
 from mmedx_fast.run_folder import RunFolder
+from mmedx_fast.stages import guard
 from mmedx_fast.stages.context import Context, StageError
 from mmedx_fast.stages.dsa import run_dsa
 from mmedx_fast.stages.gba import _Trainer, run_gba
-from mmedx_fast.stages.guard import RowBound, out_of_memory
+from mmedx_fast.stages.guard import RowBound, StepRows, out_of_memory
 from mmedx_fast.tree import Branch, Tree
 
 SMALL = [
@@ -318,6 +320,36 @@ def test_a_raised_bound_counts_in_a_run_that_goes_on() -> None:
     for tokens in (4096, 16384):
         again = RowBound(setting.model_copy(update={"max_row_tokens": tokens}), saved)
         assert again.tokens == tokens and again.state is None
+
+
+def test_ranks_that_run_out_leave_the_lower_bound_for_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three ranks at once; a third start has another setting."""
+    setting = config(tmp_path).gba
+    tree = Tree((Branch(range(20), range(10)),) * 3)
+    policy: Any = None
+    noted: list[int] = []
+
+    def starve(_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    bounds = [RowBound(setting, None, tmp_path) for _ in range(2)]
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    for rank, tokens in ((1, 3000), (2, 4000)):
+        plans: list[Any] = [SimpleNamespace(n_tokens=tokens)]
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(guard, "own_rows", lambda *_, plans=plans: plans)
+        rows = StepRows(policy, [tree], bounds[rank - 1], lambda plans: plans)
+        with pytest.raises(StageError, match=f"rank {rank} .* same command .* up to {tokens // 2}"):
+            rows.run(starve)
+        noted.append(tokens // 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    assert RowBound(setting, None, tmp_path).tokens == min(noted)
+    assert RowBound(setting, {"tokens": 70, "setting": 8192}, tmp_path).tokens == 70
+    raised = setting.model_copy(update={"max_row_tokens": 16384})
+    assert RowBound(raised, None, tmp_path).tokens == 16384
+    assert len(list((tmp_path / "row_bounds").iterdir())) == 2
 
 
 def test_a_rollout_that_does_not_fit_alone_names_the_settings(

@@ -140,7 +140,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
         check_tree(policy, questions[0], [key or None for key in questions[0].record.reasoning])
         done, meter_state, extra = load_progress(stage, policy)
         meter, rates = PhaseMeter(meter_state), step_rates(policy, cfg)
-        bound = RowBound(cfg.gba, extra.get("row_bound"))
+        bound = RowBound(cfg.gba, extra.get("row_bound"), stage.dir)
         bad_steps = BadSteps(stage, dsa.optimizer, "dsa.optimizer", extra.get("bad_steps", 0))
         order = list(
             batches(len(questions), dsa.questions_per_step, dsa.steps, (cfg.seed, specialty))

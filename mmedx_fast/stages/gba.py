@@ -166,7 +166,7 @@ class _Trainer:
             self.meter: PhaseMeter = PhaseMeter(meter_state)
             self.rates = step_rates(self.policy, self.cfg, full=self.gba.finetuning_type == "full")
             self.restore_ahead(done, extra)
-            bound = RowBound(self.gba, extra.get("row_bound"))
+            bound = RowBound(self.gba, extra.get("row_bound"), self.stage.dir)
             self.learner = Learner(self.cfg, self.policy, self.meter, self.rates, bound)
             self.bad_steps = BadSteps(
                 self.stage, self.gba.optimizer, "gba.optimizer", extra.get("bad_steps", 0)

@@ -11,11 +11,12 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mmedx_fast import ranks
 from mmedx_fast.config import GbaConfig, OptimizerConfig
-from mmedx_fast.run_folder import Stage, write_folder, write_text
+from mmedx_fast.run_folder import Stage, write_folder, write_json, write_text
 from mmedx_fast.stages.common import own_rows
 from mmedx_fast.stages.context import StageError
 
@@ -130,13 +131,30 @@ def out_of_memory(error: BaseException) -> bool:
 class RowBound:
     """The bound on a row's unique tokens: ``gba.max_row_tokens``, lower once memory has run out."""
 
-    def __init__(self, bounds: GbaConfig, saved: Mapping[str, int] | None = None) -> None:
-        """``saved``: :attr:`state` of the run that goes on, from its checkpoint. It counts while the
-        setting is the one that memory ran out under; another is tried."""
+    def __init__(
+        self,
+        bounds: GbaConfig,
+        saved: Mapping[str, int] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """What a run goes on with: ``saved``, :attr:`state` in its checkpoint, and what its ranks have
+        noted in the stage's ``folder``. Either counts while the setting is the one that memory ran out
+        under; another is tried. Every rank calls it."""
         self._bounds = bounds
-        self.tokens = bounds.max_row_tokens
-        if saved is not None and saved["setting"] == bounds.max_row_tokens:
-            self.tokens = min(self.tokens, saved["tokens"])
+        self._folder = None if folder is None else folder / "row_bounds"
+        setting = bounds.max_row_tokens
+        # Rank 0's look, since the ranks must plan the same rows.
+        noted = ranks.from_main(_notes(self._folder) if self._folder and ranks.is_main() else [])
+        known = [*noted, *([] if saved is None else [saved])]
+        lowered = [note["tokens"] for note in known if note["setting"] == setting]
+        self.tokens = min([setting, *lowered])
+        if self.tokens < setting:
+            LOG.warning(
+                "memory has run out before: until gba.max_row_tokens is changed, rows are bounded by "
+                "%d tokens instead of %d",
+                self.tokens,
+                setting,
+            )
 
     @property
     def state(self) -> dict[str, int] | None:
@@ -145,6 +163,12 @@ class RowBound:
         if self.tokens == self._bounds.max_row_tokens:
             return None
         return {"tokens": self.tokens, "setting": self._bounds.max_row_tokens}
+
+    def note(self) -> None:
+        """Write a lowered bound down for the next start, outside any checkpoint."""
+        if self._folder is not None and self.state is not None:
+            # A file for each rank: those that run out at the same time do not meet.
+            write_json(self._folder / f"rank-{ranks.rank():05d}.json", self.state)
 
     def of(self, trees: Sequence[Tree]) -> GbaConfig:
         """The bounds for rows of these trees: a lowered one still gives a single rollout a row."""
@@ -167,7 +191,7 @@ class RowBound:
             )
         LOG.warning(
             "out of memory on a row of %d tokens: until gba.max_row_tokens is changed, rows are bounded "
-            "by %d tokens instead of %d; the step is done again",
+            "by %d tokens instead of %d, and the step is done again",
             longest,
             lower,
             self.tokens,
@@ -200,7 +224,8 @@ class StepRows(Generic[Packed]):
         """``work(packed)``, which accumulates gradients; all of it again after memory ran out.
 
         Raises StageError when a row of one rollout does not fit. With several ranks any row can be in the
-        middle of a collective, which the others would wait in for ever: there, it is an error at once.
+        middle of a collective, which the others would wait in for ever: there, it is an error at once, and
+        the next start has the lower bound.
         """
         while True:
             try:
@@ -210,16 +235,25 @@ class StepRows(Generic[Packed]):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else "MemoryError"
                 if ranks.world_size() > 1:
+                    self._bound.lower(self._trees, self._plans, reason)
+                    self._bound.note()
                     raise StageError(
                         f"rank {ranks.rank()} is out of memory on rows of up to "
-                        f"{max(plan.n_tokens for plan in self._plans)} tokens: lower "
-                        f"gba.max_row_tokens, now {self._bound.tokens} ({reason})"
+                        f"{max(plan.n_tokens for plan in self._plans)} tokens; the same command goes on "
+                        f"from the last checkpoint with rows of up to {self._bound.tokens}, until "
+                        f"gba.max_row_tokens is changed ({reason})"
                     ) from error
             # Outside the handler, because the error's traceback holds the tensors of the failed row.
             self._packed = None
             self._policy.discard()
             self._bound.lower(self._trees, self._plans, reason)
             self._plans = own_rows(self._policy, self._trees, self._bound.of(self._trees))
+
+
+def _notes(folder: Path) -> list[dict[str, int]]:
+    """What the ranks have written down with :meth:`RowBound.note`."""
+    files = sorted(folder.glob("rank-*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def _longest_rollout(trees: Sequence[Tree]) -> int:
