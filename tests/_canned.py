@@ -22,6 +22,7 @@ from mmedx_fast.prompts import PromptBuilder
 from mmedx_fast.rollout.base import (
     BASE_VERSION,
     AsksByQuestion,
+    EngineError,
     EngineStats,
     Progress,
     Request,
@@ -37,7 +38,8 @@ OPTIONS = {"A": "pneumonia", "B": "stroke", "C": "scurvy", "D": "melanoma"}
 class CannedEngine(AsksByQuestion):
     """:class:`mmedx_fast.rollout.base.RolloutEngine` without a model. What it answers depends on the request's seed
     and the sample's number, as with a real one; about half is right and a tenth cannot be read. ``asked`` notes
-    every request; ``fail_at`` lets a call fail, ``bare`` leaves out the tags, ``pause`` is slept through per call."""
+    every request; ``fail_at`` lets a call fail, ``bare`` leaves out the tags, ``pause`` is slept through per call.
+    ``told`` notes the other calls; the one that ``dies_in`` names breaks the engine."""
 
     name, shared, takes_tensors, version = "canned", False, False, BASE_VERSION
 
@@ -48,7 +50,10 @@ class CannedEngine(AsksByQuestion):
         bare: bool = False,
         pause: float = 0.0,
         note: bool = True,
+        dies_in: str | None = None,
     ) -> None:
+        self.told: list[tuple[Any, ...]] = []
+        self.dies_in = dies_in
         self.asked: list[tuple[str, str | None]] = []
         self.calls, self.fail_at, self.bare, self.pause, self.note = 0, fail_at, bare, pause, note
 
@@ -91,29 +96,42 @@ class CannedEngine(AsksByQuestion):
             return "<think>The cough is"
         return said if self.bare else f"<think>The cough decides.</think><answer>{said}</answer>"
 
+    def _tell(self, name: str, *given: Any) -> None:
+        self.told.append((name, *given))
+        if self.dies_in == name:
+            raise EngineError(f"broken in {name}")
+
     def load_adapter(self, folder: Any, version: int) -> None:
+        self._tell("load_adapter", folder, version)
         self.version = BASE_VERSION if folder is None else version
 
     def load_weights(self, folder: Any, version: int = BASE_VERSION) -> None:
+        self._tell("load_weights", folder, version)
         self.version = version
 
     def update_weights(self, weights: Any, version: int) -> None:
+        self._tell("update_weights", list(weights), version)
         self.version = version
 
     def interrupt(self) -> None: ...
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> None:
+        self._tell("sleep")
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        self._tell("wake")
 
-    def reset_caches(self) -> None: ...
+    def reset_caches(self) -> None:
+        self._tell("reset_caches")
 
     def stats(self) -> EngineStats:
+        self._tell("stats")
         return EngineStats(
             requests=0, sequences=0, generated_tokens=0, seconds=0.0, prefix_cache_hit_rate=None
         )
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._tell("close")
 
 
 class CannedPrompts(PromptBuilder):

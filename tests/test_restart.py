@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from mmedx_fast.config import Config, load_config
 from mmedx_fast.metrics import read_metrics, without_times
 from mmedx_fast.policy import Policy
 from mmedx_fast.rollout import EngineError, RolloutError, Sampling
+from mmedx_fast.rollout.restart import RestartingEngine
 from mmedx_fast.rollout.vllm_engine import VllmEngine
 from mmedx_fast.rollout.watchdog import EXIT_HUNG
 from mmedx_fast.run_folder import RunFolder
@@ -202,6 +204,20 @@ def test_an_engine_that_makes_no_token_is_started_anew(
     assert "made no token for 1 s (rollout.timeout = 1)" in caplog.text
 
 
+def test_vllm_that_breaks_between_questions_is_started_anew(
+    engines: list[Any], asked: Callable[[], list[Any]], unbroken: Path
+) -> None:
+    wanted, broken = asked(), engines[0]._inner
+
+    def gone() -> None:
+        raise RuntimeError("the device is gone")
+
+    broken._llm.reset_prefix_cache = gone
+    engines[0].load_adapter(unbroken / "adapter", 8)
+    assert engines[0]._inner is not broken and engines[0].version == 8
+    assert asked() == wanted
+
+
 def test_an_engine_that_keeps_failing_ends_the_run(
     engines: list[Any], asked: Callable[[], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +231,111 @@ def test_an_engine_that_keeps_failing_ends_the_run(
             asked()
         assert count[0] == 2
     assert len(asked()) == 8  # the next question starts another
+
+
+def _canned() -> Any:
+    path = Path(__file__).with_name("_canned.py")
+    spec = importlib.util.spec_from_file_location("canned_for_restart", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Canned:
+    """Canned engines in a row; the one after another is the next that is started."""
+
+    def __init__(self, *dies_in: str | None) -> None:
+        self.made: list[Any] = []
+        self._waiting = [*dies_in]
+        self.kind = _canned().CannedEngine
+
+    def __call__(self) -> Any:
+        self.made.append(self.kind(dies_in=self._waiting.pop(0)))
+        return self.made[-1]
+
+
+WANTED = [("load_weights", "w", 3), ("load_adapter", "a", 4)]
+TENSORS = [("x", 1)]
+CALLS: dict[str, tuple[tuple[Any, ...], list[tuple[Any, ...]], int]] = {
+    # Arguments, what the new engine is told, the version served afterwards.
+    "load_adapter": (("b", 5), [WANTED[0], ("load_adapter", "b", 5)], 5),
+    "load_weights": (("v", 6), [("load_weights", "v", 6)], 6),
+    "update_weights": ((TENSORS, 7), [("update_weights", TENSORS, 7)], 7),
+    "sleep": ((), [*WANTED, ("sleep",)], 4),
+    "wake": ((), WANTED, 4),
+    "reset_caches": ((), WANTED, 4),
+    "stats": ((), [*WANTED, ("stats",)], 4),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_engine_that_dies_in_any_call_is_started_anew_with_what_is_wanted(call: str) -> None:
+    canned = Canned(None, None)
+    engine = RestartingEngine(canned, 1)
+    engine.load_weights("w", 3)
+    engine.load_adapter("a", 4)
+    canned.made[0].dies_in = call
+    given, told, version = CALLS[call]
+    getattr(engine, call)(*given)
+    assert [e.told[-1] for e in canned.made] == [("close",), told[-1]]
+    assert canned.made[1].told == told
+    assert engine.version == canned.made[1].version == version
+    engine.close()
+    with pytest.raises(RolloutError, match="closed"):
+        getattr(engine, call)(*given)
+    assert len(canned.made) == 2
+
+
+def test_what_cannot_be_loaded_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    canned = Canned(None, None)
+    engine = RestartingEngine(canned, 1)
+    engine.load_adapter("a", 4)
+    with monkeypatch.context() as patch:
+        failing(patch, canned.kind, "load_adapter", {1}, RolloutError("no adapter"))
+        with pytest.raises(RolloutError, match="no adapter"):
+            engine.load_adapter("bad", 5)
+    assert engine.version == 4 and len(canned.made) == 1
+    canned.made[0].dies_in = "sleep"
+    engine.sleep()
+    assert canned.made[1].told == [("load_adapter", "a", 4), ("sleep",)] and engine.version == 4
+
+
+@pytest.mark.parametrize("error", [EngineError("dead"), RolloutError("refuses"), ValueError("odd")])
+def test_a_new_engine_that_cannot_load_is_closed(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    canned = Canned(None, None, None)
+    engine = RestartingEngine(canned, 1)
+    engine.load_adapter("a", 4)
+    canned.made[0].dies_in = "sleep"
+    with monkeypatch.context() as patch:
+        failing(patch, canned.kind, "load_adapter", {1}, error)
+        with pytest.raises(ValueError if isinstance(error, ValueError) else RolloutError):
+            engine.sleep()
+    assert [e.told[-1] for e in canned.made] == [("close",)] * 2
+    engine.wake()
+    assert canned.made[2].told == [("load_adapter", "a", 4)]
+
+
+@pytest.mark.parametrize("call", ["load_adapter", "reset_caches", "sleep", "stats", "load_weights"])
+def test_a_server_that_is_gone_is_an_engine_that_broke(call: str, tmp_path: Path) -> None:
+    """Nobody listens at the address; the engine is made without meeting it."""
+    from mmedx_fast.rollout import server_engine
+    from mmedx_fast.rollout.server_client import ServerClient, ServerError
+
+    engine: Any = object.__new__(server_engine.ServerEngine)
+    engine._servers = [ServerClient("http://127.0.0.1:9", 5)]
+    engine._sleeps, engine._lora, engine._adapter = True, True, None
+    engine._mark, engine._loads, engine._model_path = "m", 0, "unused"
+    given = {"load_adapter": (tmp_path, 1), "load_weights": (tmp_path, 1)}.get(call, ())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_engine, "check_adapter", lambda *_: {})
+        patch.setattr(server_engine, "check_weights", lambda *_: [tmp_path / "model.safetensors"])
+        engine.max_lora_rank = 8
+        with pytest.raises(EngineError, match="does not answer") as caught:
+            getattr(engine, call)(*given)
+    assert isinstance(caught.value, ServerError) and caught.value.status == 0
 
 
 def test_errors_of_the_input_are_not_asked_again(

@@ -39,7 +39,7 @@ class RolloutError(RuntimeError):
 
 
 class EngineError(RolloutError):
-    """An engine that broke or hangs while it generated; a new one may give the answer."""
+    """An engine that broke or hangs, whatever it was asked; a new one may do it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

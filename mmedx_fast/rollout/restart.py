@@ -27,6 +27,10 @@ LOG = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 
+Load = Callable[[RolloutEngine], None]
+"""Gives an engine weights or an adapter."""
+
+
 class Weights:
     """A model's tensors by name, to be gone through as often as an engine needs them."""
 
@@ -40,9 +44,9 @@ class Weights:
 class RestartingEngine(AsksByQuestion):
     """:class:`mmedx_fast.rollout.base.RolloutEngine` around another one.
 
-    An engine that raises ``EngineError`` is closed; a new one gets the weights and the adapter that were
-    served, and the same question. Seeds travel with the question, so the answer is the one that the
-    first engine would have given. Errors of the input are raised at once.
+    An engine that raises ``EngineError``, whatever it was asked, is closed; a new one gets the weights and
+    the adapter that are wanted, and the same question. Seeds travel with the question, so the answer is the
+    one that the first engine would have given. Errors of the input are raised at once.
     """
 
     def __init__(
@@ -56,8 +60,9 @@ class RestartingEngine(AsksByQuestion):
         self._make = make
         self._max_restarts = max_restarts
         self._failure = failure
-        self._serve_weights: Callable[[RolloutEngine], None] | None = None
-        self._adapter: tuple[str | Path | None, int] | None = None
+        self._weights: Load | None = None
+        self._adapter: Load | None = None
+        self._closed = False
         self._engine: RolloutEngine | None = make()
         self.name, self.version = self._engine.name, self._engine.version
         self.shared, self.takes_tensors = self._engine.shared, self._engine.takes_tensors
@@ -74,20 +79,35 @@ class RestartingEngine(AsksByQuestion):
         return self._ask(lambda e: e.generate_requests(requests, sampling, progress))
 
     def load_adapter(self, folder: str | Path | None, version: int) -> None:
-        self._inner.load_adapter(folder, version)
-        self._adapter = (folder, version)
-        self.version = self._inner.version
+        def load(engine: RolloutEngine) -> None:
+            engine.load_adapter(folder, version)
+
+        self._serve(load, self._weights, load)
 
     def load_weights(self, folder: str | Path, version: int = BASE_VERSION) -> None:
-        self._serve(lambda engine: engine.load_weights(folder, version))
+        def load(engine: RolloutEngine) -> None:
+            engine.load_weights(folder, version)
+
+        self._serve(load, load, None)
 
     def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         """``weights`` are gone through again for an engine that is started anew: see :class:`Weights`."""
-        self._serve(lambda engine: engine.update_weights(weights, version))
 
-    def _serve(self, weights: Callable[[RolloutEngine], None]) -> None:
-        weights(self._inner)
-        self._serve_weights, self._adapter = weights, None
+        def load(engine: RolloutEngine) -> None:
+            engine.update_weights(weights, version)
+
+        self._serve(load, load, None)
+
+    def _serve(self, load: Load, weights: Load | None, adapter: Load | None) -> None:
+        """``load``; ``weights`` and then ``adapter`` are what a new engine is given from now on. What was
+        served before stays wanted where ``load`` fails."""
+        before = self._weights, self._adapter
+        self._weights, self._adapter = weights, adapter
+        try:
+            self._ask(load, _nothing)
+        except BaseException:
+            self._weights, self._adapter = before
+            raise
         self.version = self._inner.version
 
     def interrupt(self) -> None:
@@ -95,27 +115,36 @@ class RestartingEngine(AsksByQuestion):
             self._engine.interrupt()
 
     def sleep(self) -> None:
-        self._inner.sleep()
+        self._ask(lambda engine: engine.sleep())
 
     def wake(self) -> None:
-        self._inner.wake()
+        self._ask(lambda engine: engine.wake(), _nothing)
 
     def reset_caches(self) -> None:
-        self._inner.reset_caches()
+        self._ask(lambda engine: engine.reset_caches(), _nothing)
 
     def stats(self) -> EngineStats:
-        return self._inner.stats()
+        return self._ask(lambda engine: engine.stats())
 
     def close(self) -> None:
+        self._closed = True
         if self._engine is not None:
             self._engine.close()
             self._engine = None
 
-    def _ask(self, ask: Callable[[RolloutEngine], Answer]) -> Answer:
+    def _ask(
+        self,
+        ask: Callable[[RolloutEngine], Answer],
+        anew: Callable[[RolloutEngine], Answer] | None = None,
+    ) -> Answer:
+        """``anew``: asked instead of an engine that was started here, with all that is wanted."""
+        if self._closed:
+            raise RolloutError("the rollout engine is closed")
         for left in reversed(range(self._max_restarts + 1)):
             try:
                 if self._engine is None:
                     self._start()
+                    ask = anew or ask
                 return ask(self._inner)
             except EngineError as error:
                 if ranks.world_size() > 1:
@@ -132,17 +161,19 @@ class RestartingEngine(AsksByQuestion):
         )
 
     def _start(self) -> None:
+        """A new engine with all that is wanted. With ``EngineError`` it is left to be dropped."""
         try:
-            engine = self._make()
-            if self._serve_weights is not None:
-                self._serve_weights(engine)
-            if self._adapter is not None:
-                engine.load_adapter(*self._adapter)
+            self._engine = self._make()
+            for load in (self._weights, self._adapter):
+                if load is not None:
+                    load(self._engine)
         except EngineError:
             raise
         except RolloutError as error:
             raise EngineError(f"the engine does not start again: {error}") from error
-        self._engine = engine
+        except BaseException:
+            self._drop()
+            raise
 
     def _drop(self) -> None:
         engine, self._engine = self._engine, None
@@ -155,6 +186,10 @@ class RestartingEngine(AsksByQuestion):
             LOG.warning("the failed rollout engine could not be closed in full: %s", error)
         del engine
         gc.collect()
+
+
+def _nothing(_: RolloutEngine) -> None:
+    """What a new engine is still to do where it has all that is wanted."""
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from mmedx_fast.rollout.base import RolloutError
+from mmedx_fast.rollout.base import EngineError, RolloutError
 
 _ADMIN_SECONDS = 120.0
 _RESET_SECONDS = 60.0
@@ -18,11 +18,18 @@ _COUNTERS = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
 
 
 class ServerError(RolloutError):
-    """An answer that is no success. ``status`` is HTTP's, 0 when the server could not be reached."""
+    """An answer that is no success. ``status`` is HTTP's, 0 for :class:`ServerGone`."""
 
     def __init__(self, url: str, status: int, problem: str) -> None:
         super().__init__(f"the rollout server {url} {problem}")
         self.status = status
+
+
+class ServerGone(ServerError, EngineError):
+    """A server that cannot be reached, whatever it is asked: another one may answer."""
+
+    def __init__(self, url: str, problem: str) -> None:
+        super().__init__(url, 0, problem)
 
 
 class ServerClient:
@@ -132,10 +139,9 @@ class ServerClient:
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 
-    def _unreachable(self, error: Exception) -> ServerError:
-        return ServerError(
+    def _unreachable(self, error: Exception) -> ServerGone:
+        return ServerGone(
             self.url,
-            0,
             f"does not answer ({type(error).__name__}: {error}); see that it runs, that the address "
             "is right and reachable from here, and raise rollout.server_timeout if it is only slow",
         )

@@ -36,7 +36,7 @@ from mmedx_fast.rollout.base import (
     request_seeds,
 )
 from mmedx_fast.rollout.prefix import PrefixSharing
-from mmedx_fast.rollout.server_client import ServerClient, ServerError, wrong_settings
+from mmedx_fast.rollout.server_client import ServerClient, ServerError, ServerGone, wrong_settings
 from mmedx_fast.rollout.server_follower import FOLDERS_ONLY
 from mmedx_fast.rollout.server_process import ServerProcess, by_hand
 from mmedx_fast.rollout.server_requests import Asker, RequestError
@@ -327,6 +327,8 @@ class ServerEngine(AsksByQuestion):
         except ServerError as error:
             with contextlib.suppress(ServerError):
                 self._unload(name, loaded)
+            if isinstance(error, ServerGone):
+                raise
             raise RolloutError(f"{folder}: vLLM cannot load this adapter: {error}") from error
         return name
 
@@ -340,6 +342,8 @@ class ServerEngine(AsksByQuestion):
         try:
             for server in self._servers:
                 server.load_weights(files[0].resolve().parent)
+        except ServerGone:
+            raise
         except ServerError as error:
             raise RolloutError(
                 f"{folder}: vLLM cannot take these weights: {error}; the folder must be on a file "

@@ -177,20 +177,34 @@ class VllmEngine(AsksByQuestion):
         counters = self._metrics()
         return counters["vllm:prompt_tokens"], counters["vllm:generation_tokens"]
 
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Around calls that vLLM has no reason to refuse: it is broken when it does, and hangs when it does
+        not come back."""
+        try:
+            with Watchdog(self._timeout, "vLLM"):
+                yield
+        except RolloutError:
+            raise
+        except Exception as error:
+            raise EngineError(f"vLLM is broken: {error!r}") from error
+
     def load_adapter(self, folder: str | Path | None, version: int) -> None:
         old = self._request
         new = None
-        if folder is not None:
-            new = self._add_adapter(Path(folder).resolve(), version)
-        if old is not None:
-            self._engine.remove_lora(old.lora_int_id)
-        self._request = new
-        self.version = BASE_VERSION if new is None else version
-        # The vision tower carries no adapter, so encoded images stay valid.
-        self._llm.reset_prefix_cache()
+        with self._alive():
+            if folder is not None:
+                new = self._add_adapter(Path(folder).resolve(), version)
+            if old is not None:
+                self._engine.remove_lora(old.lora_int_id)
+            self._request = new
+            self.version = BASE_VERSION if new is None else version
+            # The vision tower carries no adapter, so encoded images stay valid.
+            self._llm.reset_prefix_cache()
 
     def _add_adapter(self, folder: Path, version: int) -> Any:
         from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         if not self._lora:
             raise RolloutError(f"{folder}: the engine was started without room for adapters")
@@ -201,6 +215,8 @@ class VllmEngine(AsksByQuestion):
         try:
             # In generate() a bad adapter would leave requests behind that spin for ever.
             self._engine.add_lora(request)
+        except EngineDeadError:
+            raise
         except Exception as error:
             raise RolloutError(f"{folder}: vLLM cannot load this adapter: {error}") from error
         return request
@@ -230,9 +246,14 @@ class VllmEngine(AsksByQuestion):
 
     def _reload(self, source: str, weights: dict[str, Any]) -> None:
         """Serve `weights`, arguments of vLLM's ``reload_weights``, without an adapter."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         self.load_adapter(None, BASE_VERSION)
         try:
+            # Without the watchdog: the trainer's weights come as fast as its ranks gather them.
             self._llm.collective_rpc("reload_weights", kwargs=weights)
+        except EngineDeadError as error:
+            raise EngineError(f"vLLM is dead: {error}") from error
         except Exception as error:
             raise RolloutError(
                 f"{source}: vLLM cannot take these weights: {error}; its model is now in an "
@@ -246,17 +267,20 @@ class VllmEngine(AsksByQuestion):
 
     def sleep(self) -> None:
         if self._sleeps:
-            self._llm.sleep(level=1)
+            with self._alive():
+                self._llm.sleep(level=1)
 
     def wake(self) -> None:
         if self._sleeps:
-            self._llm.wake_up()
+            with self._alive():
+                self._llm.wake_up()
 
     def reset_caches(self) -> None:
         # All three: the scheduler else believes that an image is still encoded, and dies on it.
-        self._llm.reset_prefix_cache()
-        self._llm.reset_mm_cache()
-        self._engine.reset_encoder_cache()
+        with self._alive():
+            self._llm.reset_prefix_cache()
+            self._llm.reset_mm_cache()
+            self._engine.reset_encoder_cache()
 
     def stats(self) -> EngineStats:
         counters = self._read_counters()
@@ -353,7 +377,8 @@ class VllmEngine(AsksByQuestion):
         )
 
     def _read_counters(self) -> tuple[int, int]:
-        counters = self._metrics()
+        with self._alive():
+            counters = self._metrics()
         return counters["vllm:prefix_cache_queries"], counters["vllm:prefix_cache_hits"]
 
     def _metrics(self) -> dict[str, int]:
