@@ -131,8 +131,11 @@ def test_close_gives_up_what_is_under_way() -> None:
         raise RuntimeError("interrupted")
 
     ahead = Ahead(make, cancelled.set)
+    ahead._batches[1] = batch(1)
     ahead.start(2)
     began = time.monotonic()
+    ahead.drop()
+    assert ahead.take(1) == batch(1) and ahead.state(2) is None
     ahead.close()
     ahead.close()
     assert cancelled.is_set() and time.monotonic() - began < 20

@@ -27,10 +27,12 @@ from mmedx_fast.metrics import read_metrics, without_times
 from mmedx_fast.policy import Policy
 from mmedx_fast.rollout import EngineError, RolloutError, Sampling
 from mmedx_fast.rollout.restart import RestartingEngine
+from mmedx_fast.rollout.transformers_engine import TransformersEngine
 from mmedx_fast.rollout.vllm_engine import VllmEngine
 from mmedx_fast.rollout.watchdog import EXIT_HUNG
 from mmedx_fast.run_folder import RunFolder
 from mmedx_fast.stages import guard
+from mmedx_fast.stages.common import Stopped, StopSignal
 from mmedx_fast.stages.context import Context, StageError
 from mmedx_fast.stages.dsa import run_dsa
 from mmedx_fast.stages.gba import _Trainer, run_gba
@@ -587,6 +589,95 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     equal(found, unbroken)
 
 
+def stop_now() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def in_process(folder: Path, reward: Path) -> Path:
+    """GBA with an engine of its own, saving nothing of itself."""
+    engines: list[Any] = []
+    more = (
+        "rollout.engine=transformers",
+        "gba.save_steps=100",
+        f"gba.rewards=[{{name: '{reward}:r'}}]",
+    )
+    try:
+        return run_stage(engines, folder, *more)
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A reward that draws from the generator that a checkpoint holds, and the unbroken run with it."""
+    folder = tmp_path_factory.mktemp("drawn")
+    reward = folder / "mine.py"
+    reward.write_text(
+        "import random\n\ndef r(completions, **_):\n    return [random.random() for _ in completions]\n"
+    )
+    return reward, in_process(folder / "run", reward)
+
+
+@pytest.mark.parametrize("when", ["before", "rollouts", "reward", "elsewhere"])
+def test_a_step_that_is_stopped_before_its_update_is_redone(
+    drawn: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """SIGTERM before or during the second step's rollouts or rewards, or on another rank."""
+    reward, whole = drawn
+    take, sample, scores = _Trainer.take, TransformersEngine._sample, _Trainer.scores
+    step, sampled = [0], [0]
+
+    def taken(self: _Trainer, number: int) -> Any:
+        step[0] = number
+        if (when, number) == ("before", 2):
+            stop_now()
+        return take(self, number)
+
+    def drawn_token(self: TransformersEngine, *given: Any) -> Any:
+        if step[0] == 2:
+            sampled[0] += 1
+            if (when, sampled[0]) == ("rollouts", 3):
+                stop_now()
+        return sample(self, *given)
+
+    def scored(self: _Trainer, columns: Any) -> Any:
+        found = scores(self, columns)
+        if (when, step[0]) == ("reward", 2):
+            stop_now()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trainer, "take", taken)
+        patch.setattr(TransformersEngine, "_sample", drawn_token)
+        patch.setattr(_Trainer, "scores", scored)
+        if when == "elsewhere":
+            patch.setattr(StopSignal, "agreed", lambda self: step[0] == 2)
+        with pytest.raises(Stopped, match="before the update of step 2; step 1 is saved"):
+            in_process(tmp_path / "run", reward)
+    if when in ("before", "rollouts"):
+        assert sampled[0] == {"before": 0, "rollouts": 3}[when]
+    stage = tmp_path / "run" / "gba"
+    assert [path.name for path in (stage / "checkpoints").iterdir()] == ["step-000001"]
+    assert len(rows(stage)) == 1
+    equal(in_process(tmp_path / "run", reward), whole)
+
+
+def test_a_run_that_is_stopped_in_its_first_step_has_nothing_to_save(
+    drawn: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = _Trainer.scores
+
+    def scored(self: _Trainer, columns: Any) -> Any:
+        stop_now()
+        return scores(self, columns)
+
+    monkeypatch.setattr(_Trainer, "scores", scored)
+    with pytest.raises(Stopped, match="step 1; there is nothing to save yet"):
+        in_process(tmp_path / "run", drawn[0])
+    assert not (tmp_path / "run" / "gba" / "checkpoints").exists()
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     stage, log = folder / "gba", tmp_path / "log"
@@ -611,7 +702,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(unbroken: Path, tmp_path: Pa
     assert start((stage / "stage.json").exists) in (-signal.SIGTERM, 130)
     assert start(lambda: len(read_metrics(stage / "metrics.jsonl")) > 0) == 130
     said = log.read_text()
-    assert "it is saved" in said and "Go on with: mmedx gba" in said
+    assert "is saved" in said and "Go on with: mmedx gba" in said
     assert list((stage / "checkpoints").iterdir()) and not (stage / "done.json").exists()
     assert start() == 0, log.read_text()[-3000:]
     equal(stage, unbroken)

@@ -30,7 +30,7 @@ from mmedx_fast.rollout import (
     Sampling,
     create_engine,
 )
-from mmedx_fast.rollout.base import EngineError, request_seeds
+from mmedx_fast.rollout.base import EngineError, Interrupted, request_seeds
 from mmedx_fast.rollout.restart import RestartingEngine, Weights
 from mmedx_fast.tiny import build_tiny
 
@@ -512,6 +512,29 @@ def test_an_interrupt_leaves_no_request(world, vllm_engine):
     with pytest.raises(KeyboardInterrupt):
         vllm_engine.generate_requests(ask, Sampling(n=4, max_tokens=MAX_TOKENS), progress=stop)
     assert tokens(vllm_engine.generate_requests(ask, Sampling(greedy=True, max_tokens=8))) == want
+
+
+@pytest.mark.parametrize("kind", ["vllm", "transformers"])
+def test_generate_ends_between_two_tokens_when_it_is_interrupted(world, request, monkeypatch, kind):
+    found = request.getfixturevalue("vllm_engine" if kind == "vllm" else "hf_engine")
+    ask = [(question, None) for question in world.questions]
+    found.interrupt()  # nothing runs
+    want = tokens(found.generate_requests(ask, Sampling(greedy=True, max_tokens=8)))
+    name = "_step" if kind == "vllm" else "_sample"
+    made, calls = getattr(type(found), name), []
+
+    def step(self, *given):
+        calls.append(1)
+        if len(calls) == 3:
+            found.interrupt()
+        return made(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(found), name, step)
+        with pytest.raises(Interrupted):
+            found.generate_requests(ask, Sampling(n=4, max_tokens=MAX_TOKENS))
+    assert len(calls) == 3
+    assert tokens(found.generate_requests(ask, Sampling(greedy=True, max_tokens=8))) == want
 
 
 def test_prefix_cache_hits_are_reported(world, vllm_engine, hf_engine):

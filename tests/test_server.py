@@ -22,7 +22,14 @@ import torch
 from mmedx_fast.config import DataConfig, ModelConfig, RolloutConfig
 from mmedx_fast.data.records import GUIDELINE_NAMES
 from mmedx_fast.prompts import PromptBuilder, PromptTooLong
-from mmedx_fast.rollout import BASE_VERSION, Rollout, RolloutError, Sampling, create_engine
+from mmedx_fast.rollout import (
+    BASE_VERSION,
+    Interrupted,
+    Rollout,
+    RolloutError,
+    Sampling,
+    create_engine,
+)
 from mmedx_fast.rollout.prefix import PrefixSharing, shared_tokens
 
 pytest.importorskip("vllm")
@@ -253,9 +260,13 @@ def test_what_ends_a_call_leaves_no_request_in_the_server(world, server, monkeyp
     elif how == "thread":
         timer = threading.Timer(0.3, server.interrupt)
         timer.start()
-        with pytest.raises(RolloutError, match="interrupted"):
+        with pytest.raises(Interrupted):
             server.generate_requests(ask, long)
         timer.join()
+        with monkeypatch.context() as patch:  # before the first request is out
+            patch.setattr(server, "_owners", lambda asked: server.interrupt() or [0] * len(asked))
+            with pytest.raises(Interrupted):
+                server.generate_requests(ask, long)
     else:
         with monkeypatch.context() as patch:
             patch.setattr(server._asker, "timeout", 0.05)

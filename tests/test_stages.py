@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from torch import nn
 
 from mmedx_fast.config import CaciConfig, LoraConfig
 from mmedx_fast.policy_adapter import AdapterError, write_adapter
+from mmedx_fast.rollout import Interrupted
+from mmedx_fast.stages import common
 from mmedx_fast.stages.adapters import base_notes, by_linear, load_factors, write_mean_adapter
 from mmedx_fast.stages.common import StopSignal
 from mmedx_fast.stages.context import batches
@@ -147,15 +150,48 @@ def test_summary_is_the_mean_over_specialties_not_over_questions() -> None:
     assert low < 0.375 < high
 
 
-def test_first_signal_waits_for_the_step_and_the_second_does_not() -> None:
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    signal.sigtimedwait([], 0.01)
+
+
+def test_the_first_signal_is_kept_and_a_later_ctrl_c_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # what a launcher makes of one
+            send(number)
+        assert stop.requested and stop.agreed()
+        monkeypatch.setattr(common, "ONE_STOP_SECONDS", 0.05)
+        for number in (signal.SIGTERM, signal.SIGTERM):
+            time.sleep(0.1)
+            send(number)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.sigtimedwait([], 0.1)
+            time.sleep(0.1)
+            send(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_cuts_short_only_what_may_be() -> None:
+    cuts: list[str] = []
+    with StopSignal() as stop:
+        with stop.cutting(lambda: cuts.append("early")):
+            stop.heed(1, 2)
+        assert not cuts
+        with pytest.raises(Interrupted), stop.cutting(lambda: cuts.append("cut")):
+            send(signal.SIGINT)
+            send(signal.SIGTERM)
+            assert cuts == ["cut"]
+            stop.heed(1, 2)
+        stop.heed(1, 2)  # outside the block
+        with pytest.raises(Interrupted), stop.cutting(lambda: cuts.append("late")):
+            pytest.fail("was begun")
+    assert cuts == ["cut"]
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])

@@ -42,6 +42,10 @@ class EngineError(RolloutError):
     """An engine that broke or hangs, whatever it was asked; a new one may do it."""
 
 
+class Interrupted(RolloutError):
+    """A ``generate`` that ``interrupt`` ended; nothing of it is left in the engine."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to sample. ``seed`` should change with every training step, or every step sees the same
@@ -170,8 +174,8 @@ class RolloutEngine(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """Make a ``generate`` that runs in another thread raise soon; engines in this process,
-        which are used from one thread, do nothing."""
+        """Make a ``generate`` that is running raise ``Interrupted`` soon, between two tokens; nothing
+        when none runs. May be called from another thread or a signal handler."""
         ...
 
     def sleep(self) -> None:

@@ -180,6 +180,7 @@ class ServerEngine(AsksByQuestion):
     ) -> list[Rollout]:
         if self._closed:
             raise RolloutError("the rollout engine is closed")
+        self._asker.interrupted = False
         prompts = check_requests(requests, sampling, self.max_model_len, self.max_images)
         start = time.perf_counter()
         owners = self._owners(requests)

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from mmedx_fast.rollout.base import EngineError, Progress, RolloutError
+from mmedx_fast.rollout.base import EngineError, Interrupted, Progress, RolloutError
 from mmedx_fast.rollout.server_client import ServerClient, ServerError
 
 _CONNECTIONS = 256
@@ -33,6 +33,7 @@ class Asker:
         """``timeout``: seconds without any answer that end a call."""
         self.servers = servers
         self.timeout = timeout
+        self.interrupted = False
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
 
     def ask(
@@ -41,15 +42,16 @@ class Asker:
         """Answers by request; ``n`` sequences each for ``progress``.
 
         Raises :class:`RequestError` for the first request that fails, ``EngineError`` when the
-        servers fall silent, and ``RolloutError`` when :meth:`interrupt` is called.
+        servers fall silent, and ``Interrupted`` once :meth:`interrupt` is called.
         """
         try:
             return asyncio.run(self._ask(requests, n, progress))
         except asyncio.CancelledError as error:
-            raise RolloutError("the rollouts were interrupted") from error
+            raise Interrupted("the rollouts were interrupted") from error
 
     def interrupt(self) -> None:
-        """End an ``ask`` that runs in another thread; nothing when none runs."""
+        """End an ``ask`` that runs, and those to come until :attr:`interrupted` is taken back."""
+        self.interrupted = True
         running = self._running
         if running is not None:
             loop, task = running
@@ -61,6 +63,8 @@ class Asker:
         task = asyncio.current_task()
         assert task is not None
         self._running = (asyncio.get_running_loop(), task)
+        if self.interrupted:
+            task.cancel()
         tasks: list[asyncio.Task[dict[str, Any]]] = []
         limits = httpx.Limits(max_connections=_CONNECTIONS * len(self.servers))
         try:

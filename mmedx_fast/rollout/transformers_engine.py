@@ -17,6 +17,7 @@ from mmedx_fast.rollout.base import (
     BASE_VERSION,
     AsksByQuestion,
     EngineStats,
+    Interrupted,
     Progress,
     Request,
     Rollout,
@@ -77,6 +78,7 @@ class TransformersEngine(AsksByQuestion):
         self._sleeps = rollout.sleep and self.device == "cuda"
         self._loads = 0
         self._adapter: str | None = None
+        self._interrupted = False
         self._tally = [0, 0, 0, 0.0]
         self._folder: str | Path | None = model.path
         self._model: Any = self._load(model.path)
@@ -103,6 +105,7 @@ class TransformersEngine(AsksByQuestion):
 
         if self._model is None:
             raise RolloutError("the rollout engine is closed")
+        self._interrupted = False
         prompts = check_requests(requests, sampling, self.max_model_len, self.max_images)
         start = time.perf_counter()
         todo = [
@@ -143,6 +146,8 @@ class TransformersEngine(AsksByQuestion):
         logits, mask, position = logits[rows], mask[rows], position[rows]
         live = list(batch)
         while True:
+            if self._interrupted:
+                raise Interrupted("the rollouts were interrupted")
             tokens = self._sample(live, logits, sampling)
             keep = [
                 i
@@ -322,7 +327,7 @@ class TransformersEngine(AsksByQuestion):
         return model.model
 
     def interrupt(self) -> None:
-        pass
+        self._interrupted = True
 
     def sleep(self) -> None:
         if self._sleeps:

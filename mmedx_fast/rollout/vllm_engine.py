@@ -21,6 +21,7 @@ from mmedx_fast.rollout.base import (
     AsksByQuestion,
     EngineError,
     EngineStats,
+    Interrupted,
     Progress,
     Request,
     Rollout,
@@ -72,6 +73,7 @@ class VllmEngine(AsksByQuestion):
         self.device = default_device()
         self._lora = lora
         self._request: Any = None
+        self._interrupted = False
         self._loads = 0
         self._timeout = rollout.timeout
         self._sleeps = rollout.sleep and self.device == "cuda"
@@ -102,6 +104,7 @@ class VllmEngine(AsksByQuestion):
     def generate_requests(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
+        self._interrupted = False
         prompts = check_requests(requests, sampling, self.max_model_len, self.max_images)
         start = time.perf_counter()
         # The CPU sampler draws from torch's global generator, which belongs to the trainer.
@@ -130,6 +133,7 @@ class VllmEngine(AsksByQuestion):
         total = len(requests) * sampling.n
         try:
             for request, seed in zip(requests, request_seeds(requests, sampling.seed), strict=True):
+                self._heed()
                 names.append(self._enqueue(request, sampling, seed))
             # Outputs carry the name without the random suffix that enqueue() returns.
             index_of = {name.rpartition("-")[0] or name: i for i, name in enumerate(names)}
@@ -157,6 +161,7 @@ class VllmEngine(AsksByQuestion):
         made, since, looked = self._tokens_made(), time.monotonic(), time.monotonic()
         with Watchdog(self._timeout, "vLLM") as watchdog:
             while self._engine.has_unfinished_requests():
+                self._heed()
                 outputs = self._step()
                 watchdog.beat()
                 yield from (output for output in outputs if output.finished)
@@ -263,7 +268,11 @@ class VllmEngine(AsksByQuestion):
             self.reset_caches()
 
     def interrupt(self) -> None:
-        pass
+        self._interrupted = True
+
+    def _heed(self) -> None:
+        if self._interrupted:
+            raise Interrupted("the rollouts were interrupted")
 
     def sleep(self) -> None:
         if self._sleeps:

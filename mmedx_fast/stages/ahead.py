@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -120,12 +121,17 @@ class Ahead:
             rollouts.append(Rollout(prompt_ids=prompt, **values))
         self._batches[step] = Batch(rollouts, state["version"], state["hit_rate"])
 
-    def close(self) -> None:
-        """Give up what is under way."""
-        if self._thread is not None and self._thread.is_alive():
-            self._cancel()
-            self._thread.join(_STOP_SECONDS)
+    def drop(self) -> None:
+        """Give up what is under way; what waits for its step stays."""
+        until = time.monotonic() + _STOP_SECONDS
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < until:
+            self._cancel()  # which does nothing as long as it has not asked the engine
+            self._thread.join(1.0)
         self._thread = self._error = None
+
+    def close(self) -> None:
+        """Give up everything."""
+        self.drop()
         self._batches = {}
 
     def _run(self) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,16 +225,26 @@ def _copy_stage(stage: Stage, source: Path, made: str) -> None:
     stage.finish({**result, "seconds": 0.0, "phases": {}, "reused": str(source)})
 
 
+ONE_STOP_SECONDS = 1.0
+"""Signals that follow each other within this time are one wish to stop."""
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, after the work so far was saved."""
 
 
 class StopSignal:
-    """While open, the first SIGINT or SIGTERM is remembered, so that a step can be finished and saved;
-    a second one interrupts at once."""
+    """While open, SIGINT and SIGTERM are remembered, so that what is finished can be saved.
+
+    Another SIGINT interrupts at once when it comes more than :data:`ONE_STOP_SECONDS` after the signal
+    before: launchers pass one Ctrl-C on as two signals in a moment. Another SIGTERM changes nothing; whoever
+    means it has SIGKILL.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._last = -math.inf
+        self._cut: Callable[[], None] | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -257,8 +269,35 @@ class StopSignal:
 
         return any(ranks.all_gather(self.requested))
 
+    @contextmanager
+    def cutting(self, cut: Callable[[], None]) -> Iterator[None]:
+        """In the block a signal calls ``cut``, which ends what the block does; where one has come
+        before, the block is not begun: Interrupted is raised."""
+        self._cut = cut
+        try:
+            self.heed()
+            yield
+        finally:
+            self._cut = None
+
+    def heed(self, *_: object) -> None:
+        """Raise Interrupted in a block of :meth:`cutting`, once a signal has come. An engine's
+        ``progress``, for a ``cut`` that came too early to find the engine at work."""
+        from mmedx_fast.rollout import Interrupted
+
+        if self.requested and self._cut is not None:
+            raise Interrupted("the run was asked to stop")
+
     def _handle(self, number: int, _frame: object) -> None:
+        import signal
+
+        before, self._last = self._last, time.monotonic()
         if self.requested:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT and self._last - before > ONE_STOP_SECONDS:
+                raise KeyboardInterrupt
+            return
         self.requested = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        said = "stopping, and saving what is finished; Ctrl-C once more to stop at once"
+        print(f"\n{said}", file=sys.stderr, flush=True)
+        if self._cut is not None:
+            self._cut()

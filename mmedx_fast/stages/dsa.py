@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmedx_fast import ranks
 from mmedx_fast.config import deepspeed_settings
 from mmedx_fast.progress import progress
 from mmedx_fast.prompts import Question
@@ -163,6 +164,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
                     extra = {"row_bound": bound.state, "bad_steps": bad_steps.in_a_row}
                     save_progress(stage, step, policy, meter, cfg, extra)
                     if stopping:
+                        ranks.barrier()  # a rank that ends makes launchers end those that still write
                         raise Stopped(f"DSA {specialty} stopped after step {step}; it is saved")
                 bar.update(1, loss=metrics["loss"])
         policy.save_adapter(stage.dir / "adapter")

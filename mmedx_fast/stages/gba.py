@@ -16,13 +16,14 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmedx_fast import ranks
+from mmedx_fast.checkpoint import rng_state, set_rng_state
 from mmedx_fast.config import deepspeed_settings
 from mmedx_fast.progress import progress
 from mmedx_fast.prompts import Question
-from mmedx_fast.rollout import Rollout, RolloutEngine, Sampling
+from mmedx_fast.rollout import Interrupted, Rollout, RolloutEngine, Sampling
 from mmedx_fast.rollout.restart import Weights
 from mmedx_fast.run_folder import Stage, write_folder, write_text
 from mmedx_fast.stages.ahead import Ahead, Batch
@@ -180,23 +181,19 @@ class _Trainer:
                 with self.meter.phase("engine start"):
                     self.ctx.serve_weights(self.ctx.model_path)
                 self.sync(done)
+                self.stop, self.saved = stop, done
                 for step in range(done + 1, self.gba.steps + 1):
                     questions = self.questions_of(step)
+                    self.rng = rng_state()
                     metrics = self.step(step, questions)
                     taken = self.meter.take()
                     log.log(step, metrics | taken | self.rates.take(taken, len(questions)))
                     stopping = stop.agreed()
                     due = step % self.gba.save_steps == 0 or stopping
                     if due and step < self.gba.steps:
-                        extra = {
-                            "row_bound": self.learner.bound.state,
-                            "bad_steps": self.bad_steps.in_a_row,
-                        }
-                        if self.async_steps:
-                            extra["ahead"] = self.ahead.state(step + 1)
-                        save_progress(self.stage, step, self.policy, self.meter, self.cfg, extra)
+                        self.save(step)
                         if stopping:
-                            raise Stopped(f"GBA stopped after step {step}; it is saved")
+                            self.stopped(f"GBA stopped after step {step}; it is saved")
                     bar.update(1, reward=metrics["reward"])
             self._finish(checksum)
             if stop.agreed():
@@ -212,6 +209,7 @@ class _Trainer:
             columns = reward_columns(questions, rollouts)
             scores = self.scores(columns)
             advantages, use, metrics = self.advantages(rollouts, scores)
+        self.go_on(step)
         if ranks.is_main():
             self.keep_samples(step, columns, scores, advantages)
         learnt, raw = self.learner.update(questions, rollouts, advantages, use)
@@ -225,6 +223,36 @@ class _Trainer:
             metrics["prefix_cache_hit_rate"] = made.hit_rate
         return metrics | rollout_metrics(rollouts)
 
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def save(self, step: int) -> None:
+        """The state after ``step``, while it is the trainer's."""
+        extra = {
+            "row_bound": self.learner.bound.state,
+            "bad_steps": self.bad_steps.in_a_row,
+        }
+        if self.async_steps:
+            extra["ahead"] = self.ahead.state(step + 1)
+        save_progress(self.stage, step, self.policy, self.meter, self.cfg, extra)
+        self.saved = step
+
+    def go_on(self, step: int) -> None:
+        """Until the update of ``step`` the trainer's state is that of the step before: where a rank was
+        asked to stop, that one is saved and the run ends. Every rank calls it."""
+        if not self.stop.agreed():
+            return
+        self.ahead.drop()
+        set_rng_state(*self.rng)  # rewards may have drawn
+        if step - 1 > self.saved:
+            self.save(step - 1)
+        kept = f"step {step - 1} is saved" if step > 1 else "there is nothing to save yet"
+        self.stopped(f"GBA stopped before the update of step {step}; {kept}")
+
+    def stopped(self, message: str) -> NoReturn:
+        """End the run. Every rank calls it: one that ends makes launchers end those that still write."""
+        ranks.barrier()
+        raise Stopped(message)
+
     # -- rollouts --------------------------------------------------------------------------------
 
     def questions_of(self, step: int) -> list[Question]:
@@ -234,7 +262,9 @@ class _Trainer:
     def generate(self, step: int, questions: list[Question]) -> tuple[list[Rollout], Batch]:
         """The rollouts of all questions, and how this rank made its share of them."""
         with self.meter.phase("rollout"):
-            made = self.ahead.take(step)
+            made = self.take(step)
+            self.go_on(step)
+            assert made is not None
             if self.async_steps and step < self.gba.steps:
                 self.ahead.start(step + 1)
             rollouts = gather_rollouts(made.rollouts, own_share(self.ctx.engine, len(questions)))
@@ -242,6 +272,16 @@ class _Trainer:
         if not self.async_steps:
             self.ctx.engine.sleep()
         return rollouts, made
+
+    def take(self, step: int) -> Batch | None:
+        """This rank's rollouts of ``step``; null where they were cut short because it is to stop."""
+        try:
+            with self.stop.cutting(self.ctx.engine.interrupt):
+                return self.ahead.take(step)
+        except Interrupted:
+            if not self.stop.requested:
+                raise
+            return None
 
     def restore_ahead(self, done: int, extra: Mapping[str, Any]) -> None:
         """Put back the rollouts that waited in the checkpoint of step ``done``.
@@ -271,7 +311,9 @@ class _Trainer:
         )
         questions = self.questions_of(step)
         asked = [questions[i] for i in own_share(engine, len(questions))]
-        rollouts = engine.generate(asked, self.gba.guidelines, sampling) if asked else []
+        rollouts = []
+        if asked:
+            rollouts = engine.generate(asked, self.gba.guidelines, sampling, self.stop.heed)
         return Batch(rollouts, engine.version, engine.stats().prefix_cache_hit_rate)
 
     def sync(self, step: int) -> None:
