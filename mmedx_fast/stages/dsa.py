@@ -238,7 +238,8 @@ def _update(
         ]
 
     def backward(packed: list[tuple[PackedRow, Tensor]]) -> list[dict[str, float]]:
-        return [policy.sft_backward(row, weight) for row, weight in packed]
+        rows, weights = [row for row, _ in packed], [weight for _, weight in packed]
+        return policy.over_rows(rows, lambda i, row: policy.sft_backward(row, weights[i]))
 
     rows = StepRows(policy, trees, bound, pack)
     with meter.phase("train"):
