@@ -148,7 +148,7 @@ class Policy:
         fingerprint = base_fingerprint(base.named_parameters())
         if adapter is not None:
             check_base(adapter, str(model_path), fingerprint)
-        backend = attention.choose_backend(model.attention, place, attention_kernel)
+        backend = attention.choose_backend(model.attention, place, dtype, attention_kernel)
         attention.set_backend(base, backend)
         # An extra pass over the MLP's width is nothing to a CPU, where memory is touched page by page.
         swiglu.set_recompute(base, place.type == "cpu")
