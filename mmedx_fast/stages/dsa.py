@@ -137,7 +137,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
         banned_token_ids=ctx.builder.banned_token_ids,
     )
     try:
-        check_tree(policy, questions[0], [key or None for key in questions[0].record.reasoning])
+        check_tree(policy, questions, lambda q: [key or None for key in q.record.reasoning])
         done, meter_state, extra = load_progress(stage, policy)
         meter, rates = PhaseMeter(meter_state), step_rates(policy, cfg)
         bound = RowBound(cfg.gba, extra.get("row_tokens"))
