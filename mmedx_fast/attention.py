@@ -55,11 +55,16 @@ class TreePlan(Protocol):
         """[1, heads, T, D] and twice [1, key heads, T, D] -> [1, T, heads, D]."""
 
 
-def choose_backend(name: str, device: torch.device | str, kernel: Kernel | None = None) -> Backend:
+def choose_backend(
+    name: str, device: torch.device | str, dtype: torch.dtype, kernel: Kernel | None = None
+) -> Backend:
     """`auto` is varlen: on CUDA, and on a CPU too, where dense is as fast in rows of 500 tokens and falls
-    behind from there (at 4,000 it takes over three times as long).
+    behind from there (at 4,000 it takes over three times as long). A float32 model on CUDA gets dense, since
+    varlen's kernel takes 16 bits only; flex compiles, and in float32 its backward may ask for more
+    shared memory than a GPU has.
 
     Args:
+        dtype: the model's.
         kernel: what will take the place of the backend's own kernel; what that one needs is then
             not asked for.
 
@@ -68,18 +73,29 @@ def choose_backend(name: str, device: torch.device | str, kernel: Kernel | None 
     """
     kind = torch.device(device).type
     if name == "auto":
-        return "varlen"
+        return "dense" if kernel is None and _too_wide(kind, dtype) else "varlen"
     if name not in get_args(Backend):
         choices = ", ".join(("auto", *get_args(Backend)))
         raise ValueError(f"model.attention = {name!r} is unknown; choose one of {choices}")
-    missing = _missing(name, kind) if kernel is None else None
+    missing = _missing(name, kind, dtype) if kernel is None else None
     if missing:
         raise ValueError(f"model.attention = {name!r} {missing}, or set model.attention=auto")
     return name  # type: ignore[return-value]
 
 
-def _missing(name: str, device: str) -> str | None:
+def _too_wide(device: str, dtype: torch.dtype) -> bool:
+    """Whether flash attention's kernels, torch's own copy too, refuse the dtype."""
+    return device == "cuda" and dtype not in (torch.float16, torch.bfloat16)
+
+
+def _missing(name: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend's own kernel cannot run on that kind of device, with the remedy."""
+    if name in ("varlen", "flash") and _too_wide(device, dtype):
+        found = str(dtype).removeprefix("torch.")
+        return (
+            f"takes float16 and bfloat16 on CUDA and the model is {found}: set model.dtype: bfloat16 or "
+            "model.attention: dense"
+        )
     if name == "flash":
         if device != "cuda":
             return f"needs a CUDA device and this is {device}: use varlen"

@@ -37,8 +37,9 @@ class ModelConfig(Section):
     the package."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["auto", "dense", "varlen", "flash", "flex"] = "auto"
-    """How the packed tree attends: ``auto`` is varlen; ``dense`` (a mask of every pair) is the
-    simplest; ``flash`` (flash-attn, where it is installed) and ``flex`` (FlexAttention) need CUDA."""
+    """How the packed tree attends: ``auto`` is varlen, of a float32 model on CUDA dense; ``dense`` (a mask of
+    every pair) is the simplest; ``flash`` (flash-attn, where it is installed) and ``flex`` (FlexAttention)
+    need CUDA."""
     gradient_checkpointing: bool = True
     use_liger_kernel: bool | Literal["auto"] = "auto"
     """Liger's RMSNorm, SwiGLU and RoPE in the trainer's language model: ``auto`` takes them on CUDA where

@@ -244,6 +244,8 @@ def _machine_problems(device: torch.device) -> list[str]:
 
 
 def _config(cfg: Config, device: torch.device, problems: list[str]) -> Iterator[tuple[str, str]]:
+    import torch
+
     from mmedx_fast.attention import choose_backend
     from mmedx_fast.cost import find_model
     from mmedx_fast.flops import ModelShape
@@ -260,8 +262,8 @@ def _config(cfg: Config, device: torch.device, problems: list[str]) -> Iterator[
         )
         yield "head", _head(cfg, shape, device)
     try:
-        chosen = choose_backend(cfg.model.attention, device)
-        yield "attention", f"{chosen} (model.attention: {cfg.model.attention})"
+        chosen = choose_backend(cfg.model.attention, device, getattr(torch, cfg.model.dtype))
+        yield "attention", f"{chosen} (model.attention: {cfg.model.attention}, {cfg.model.dtype})"
     except ValueError as error:
         problems.append(str(error))
     yield "rollout engine", cfg.rollout.engine

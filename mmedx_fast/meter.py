@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
 from mmedx_fast.flops import ModelShape, segment_counts, train_flops
@@ -94,6 +94,8 @@ class Row(Protocol):
     def pixel_values(self) -> Any: ...
     @property
     def image_grid_thw(self) -> Any: ...
+    @property
+    def images(self) -> Sequence[Hashable]: ...
 
 
 @dataclasses.dataclass
@@ -114,8 +116,10 @@ class StepRates:
     def add(self, rows: Iterable[Row], passes: int = 1) -> None:
         """Count ``passes`` forward and backward passes over this rank's ``rows``.
 
-        Useful work only: what a checkpoint computes again does not count, as in every MFU.
+        Useful work only: what a checkpoint computes again does not count, as in every MFU, and an image
+        that several rows show counts once.
         """
+        seen: set[Hashable] = set()
         for row in rows:
             counts = segment_counts(row.segments, len(row.targets))
             each = train_flops(
@@ -125,7 +129,9 @@ class StepRates:
                 full=self.full,
             )
             if row.pixel_values is not None:
-                each += sum(self._image(grid) for grid in row.image_grid_thw.tolist())
+                shown = dict(zip(row.images, row.image_grid_thw.tolist(), strict=True))
+                each += sum(self._image(grid) for key, grid in shown.items() if key not in seen)
+                seen |= shown.keys()
             self._flops += passes * each
 
     def _image(self, grid: Sequence[int]) -> float:

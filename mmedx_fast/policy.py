@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from mmedx_fast.policy_adapter import (
 )
 from mmedx_fast.policy_engine import Engine, gathered
 from mmedx_fast.policy_full import checkpoint_names, merge_adapter_, thaw_, whole_weights
+from mmedx_fast.policy_images import LeafFeatures, SharedFeatures, over_rows
 from mmedx_fast.policy_model import (
     Head,
     RowModel,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from mmedx_fast.ops import PolicyLossSpec
 
 Use = Literal["policy", "reference", "base"]
+Found = TypeVar("Found")
 
 _TREE_BOUND = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.75, 0.06)}
 """dtype -> largest allowed (maximum, mean) |tree - plain| log-prob; bfloat16 rounding alone gives
@@ -146,7 +148,7 @@ class Policy:
         fingerprint = base_fingerprint(base.named_parameters())
         if adapter is not None:
             check_base(adapter, str(model_path), fingerprint)
-        backend = attention.choose_backend(model.attention, place, attention_kernel)
+        backend = attention.choose_backend(model.attention, place, dtype, attention_kernel)
         attention.set_backend(base, backend)
         # An extra pass over the MLP's width is nothing to a CPU, where memory is touched page by page.
         swiglu.set_recompute(base, place.type == "cpu")
@@ -209,17 +211,54 @@ class Policy:
         with torch.no_grad(), self._using(use):
             return self._forward(row, head)
 
-    def with_image_features(self, row: PackedRow) -> PackedRow:
-        """The row with its image features computed, to share between the passes of one step.
+    def with_image_features(self, rows: Sequence[PackedRow]) -> list[PackedRow]:
+        """Rows with their image features computed, to share between the passes of one step.
 
-        A row whose vision tower is trained comes back as it was. With several ranks, all of them call
-        it for the rows of one round.
+        An image that several rows show goes through the vision tower once. Rows whose tower is trained come
+        back as they were. With several ranks, all of them call it for the rows of the same rounds.
         """
-        if not self.tower_frozen or (row.pixel_values is None and not row.blank_image):
-            return row
-        with torch.no_grad():
-            features = self._forward(row.to(self.device), None)
-        return replace(row, image_features=features, pixel_values=None, blank_image=False)
+        if not self.tower_frozen:
+            return list(rows)
+        features = self._features("policy")
+        return [features.give(row) for row in rows]
+
+    def over_rows(
+        self,
+        rows: Sequence[PackedRow],
+        work: Callable[[int, PackedRow], Found],
+        *,
+        use: Use | None = None,
+    ) -> list[Found]:
+        """``work(index, row)`` for every row; an image that several of them show goes through the vision
+        tower once, and what the tower made of it is kept until the last of them.
+
+        A trained tower goes backward once too: the rows leave their gradient at its output, and behind the
+        last of them it goes on from there. Not where gradients meet within a backward (ZeRO-2 and 3 with several
+        ranks): questions are split differently on each rank, so there every row runs a trained tower itself.
+
+        Args:
+            work: a backward pass of its row; with `use` a :meth:`logprobs` of that `use`.
+        """
+        if use is not None or self.tower_frozen:
+            return over_rows(rows, work, self._features(use or "policy"))
+        engine = self._training()
+        if engine.reduces_in_backward:
+            return [work(index, row) for index, row in enumerate(rows)]
+        leaves = LeafFeatures(
+            lambda row: self._forward(row.to(self.device), None),
+            self.rope_index.spatial_merge_size,
+            engine.backward_on,
+            rows,
+        )
+        return over_rows(rows, work, leaves)
+
+    def _features(self, use: Use) -> SharedFeatures:
+        def run(row: PackedRow) -> Tensor:
+            with torch.no_grad(), self._using(use):
+                return cast(Tensor, self._forward(row.to(self.device), None))
+
+        lockstep = self._engine is not None and self._engine.gathers_in_forward
+        return SharedFeatures(run, self.rope_index.spatial_merge_size, lockstep)
 
     def _forward(self, row: PackedRow, head: Head | None, plain: bool = False) -> Any:
         runner = self.module if self._engine is None else self._engine.engine

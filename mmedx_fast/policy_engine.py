@@ -238,8 +238,23 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of a loss whose weights add up over rows and ranks."""
         # DeepSpeed averages over ranks; the weights are already shares of the global sum.
-        self.engine.backward(loss * self.engine.dp_world_size)
+        self.backward_on(loss * self.engine.dp_world_size)
+
+    def backward_on(self, loss: Tensor) -> None:
+        """The rest of a backward that ended at a leaf, whose gradient is scaled already."""
+        self.engine.backward(loss)
         self._backwards += 1
+
+    @property
+    def gathers_in_forward(self) -> bool:
+        """Whether every rank must enter the same modules in a forward pass."""
+        return self.stage == 3 and self.engine.dp_world_size > 1
+
+    @property
+    def reduces_in_backward(self) -> bool:
+        """Whether every rank must make the same backward passes: below stage 2 gradients meet in the
+        step."""
+        return self.stage > 1 and self.engine.dp_world_size > 1
 
     def step(self, refuse: bool = False) -> dict[str, float]:
         """One update. A gradient norm that is not finite or above `max_step_grad_norm` leaves

@@ -47,7 +47,12 @@ def with_gradient(
         inner = [leaf] if weight is None else [leaf, weight]
         gradients = torch.autograd.grad(loss, inner)
     outer = (hidden,) if weight is None else (hidden, weight)
-    return _AttachGradient.apply(loss.detach(), gradients, *outer), metrics
+    return attach_gradient(loss.detach(), gradients, *outer), metrics
+
+
+def attach_gradient(loss: Tensor, gradients: tuple[Tensor, ...], *operands: Tensor) -> Tensor:
+    """The loss, as one whose gradients with respect to `operands` are `gradients`."""
+    return _AttachGradient.apply(loss, gradients, *operands)
 
 
 class RowModel(nn.Module):

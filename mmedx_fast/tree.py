@@ -40,6 +40,12 @@ class Tree:
     """[images, 3] int: patches in time, height and width."""
     name: str = ""
     """What error messages call this question."""
+    key: object = field(default_factory=object, repr=False, compare=False)
+    """The same object in all parts of a question that is split (``replace`` hands it on)."""
+
+
+ImageKey = tuple[object, int]
+"""A question's key, and which of its images."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class PackedRow:
     n_branches: int
     pixel_values: Tensor | None = None  # [patches, features]
     image_grid_thw: Tensor | None = None  # [images, 3]
+    images: tuple[ImageKey, ...] = ()
+    """One key per image, in the order of image_grid_thw; rows that show the same image have the same key."""
     image_features: Tensor | None = None
     """[image tokens, H]: the vision tower's output where it has been computed already; replaces
     pixel_values."""
@@ -360,4 +368,5 @@ def pack_row(trees: Sequence[Tree], rope_index: RopeIndex) -> PackedRow:
         n_branches=len(ordered),
         pixel_values=None if images is None else images[0],
         image_grid_thw=None if images is None else images[1],
+        images=tuple((trees[tree].key, image) for tree, image in builder.images),
     )

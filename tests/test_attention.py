@@ -431,45 +431,58 @@ def test_a_packed_row_equals_plain_rows(backend, checkpointing, questions, plain
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "chosen"),
+    ("name", "device", "dtype", "chosen"),
     [
-        ("auto", "cpu", "varlen"),
-        ("dense", "cpu", "dense"),
-        ("auto", "cuda", "varlen"),
-        ("dense", "cuda", "dense"),
-        ("varlen", "cpu", "varlen"),
-        ("flex", "cuda", "flex"),
+        ("auto", "cpu", torch.float32, "varlen"),
+        ("auto", "cpu", torch.bfloat16, "varlen"),
+        ("dense", "cpu", torch.float32, "dense"),
+        ("auto", "cuda", torch.bfloat16, "varlen"),
+        ("auto", "cuda:1", torch.float32, "dense"),
+        ("dense", "cuda", torch.float32, "dense"),
+        ("varlen", "cpu", torch.float32, "varlen"),
+        ("varlen", "cuda", torch.float16, "varlen"),
+        ("flex", "cuda", torch.float32, "flex"),
     ],
 )
-def test_backend_by_device(compiler, name, device, chosen):
-    assert attention.choose_backend(name, device) == chosen
+def test_backend_by_device_and_dtype(compiler, name, device, dtype, chosen):
+    assert attention.choose_backend(name, device, dtype) == chosen
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash"])
+def test_flash_attentions_kernels_take_no_float32(name, monkeypatch):
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    wanted = rf"'{name}' .* float32: set model.dtype: bfloat16 or model.attention: dense"
+    with pytest.raises(ValueError, match=wanted):
+        attention.choose_backend(name, "cuda", torch.float32)
+    # Of a kernel of one's own nothing is known.
+    assert attention.choose_backend(name, "cuda", torch.float32, INJECTED[name]) == name
 
 
 def test_flash_where_it_is_installed(monkeypatch):
     monkeypatch.setattr(attention, "find_spec", lambda name: name == "flash_attn" or None)
-    assert attention.choose_backend("flash", "cuda") == "flash"
+    assert attention.choose_backend("flash", "cuda", torch.bfloat16) == "flash"
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'flash' needs flash-attn, .* pip install .*flash"):
-        attention.choose_backend("flash", "cuda")
+        attention.choose_backend("flash", "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["flash", "flex"])
 def test_a_kernel_of_ones_own_runs_anywhere(backend):
-    assert attention.choose_backend(backend, "cpu", INJECTED[backend]) == backend
+    assert attention.choose_backend(backend, "cpu", torch.float32, INJECTED[backend]) == backend
     with pytest.raises(ValueError, match=rf"'{backend}' .*cpu: use varlen, .*attention=auto"):
-        attention.choose_backend(backend, "cpu")
+        attention.choose_backend(backend, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_flex_asks_for_a_compiler(compiler, switch, monkeypatch):
     monkeypatch.setenv(switch, "1")
     with pytest.raises(ValueError, match=f"'flex' needs torch.compile, which {switch}=1"):
-        attention.choose_backend("flex", "cuda")
+        attention.choose_backend("flex", "cuda", torch.bfloat16)
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="'eager' is unknown; .* dense, varlen, flash, flex"):
-        attention.choose_backend("eager", "cpu")
+        attention.choose_backend("eager", "cpu", torch.float32)
     row = forest(0)
     with pytest.raises(ValueError, match="'dense' has no plan"):
         attention.plan_row("dense", row.end, row.segments)

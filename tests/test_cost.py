@@ -669,15 +669,22 @@ def test_rates_are_useful_work_over_seconds():
 def test_images_count_where_they_are_in_the_row():
     grid = SimpleNamespace(tolist=lambda: [[1, 32, 32], [1, 16, 16]])
     bare = SimpleNamespace(segments=[(0, 9, -1)], targets=range(2), pixel_values=None)
-    image = SimpleNamespace(**vars(bare) | {"pixel_values": 1, "image_grid_thw": grid})
+    more = {"pixel_values": 1, "image_grid_thw": grid, "images": ["a", "b"]}
+    image = SimpleNamespace(**vars(bare) | more)
+    other = SimpleNamespace(**vars(image) | {"images": ["c", "a"]})
     work = []
-    for rows, changes in (([bare], {}), ([image], {}), ([image], {"train_tower": True})):
+    for rows, changes in (
+        *(([bare], {}), ([image], {}), ([image], {"train_tower": True})),
+        *(([bare, bare], {}), ([image, other], {})),
+    ):
         rates = _rates(**changes)
         rates.add(rows)
         work.append(rates.take({"seconds/train": 1.0}, 1)["perf/mfu"] * 989e12)
     forward = SEVEN_B.image_flops(256) + SEVEN_B.image_flops(64)
     assert work[1] - work[0] == pytest.approx(forward)
     assert work[2] - work[0] == pytest.approx(3 * forward, rel=0.01)  # pixels have no gradient
+    # "a" stands in both rows of the last: it counts once.
+    assert work[4] - work[3] == pytest.approx(forward + SEVEN_B.image_flops(256))
 
 
 @pytest.mark.parametrize(

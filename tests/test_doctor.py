@@ -52,6 +52,23 @@ def test_a_config_shows_sizes_and_backend() -> None:
     assert any("data/mmedexpert" in problem for problem in found.problems)
 
 
+def test_a_float32_model_on_cuda_is_shown_what_attends(monkeypatch) -> None:
+    """The demo runs there as it is; an attention that cannot is named with the remedy."""
+    monkeypatch.setattr(doctor, "_head", lambda *_: "")  # asks the GPU for its memory
+
+    def shown(*overrides: str) -> tuple[dict[str, str], list[str]]:
+        problems: list[str] = []
+        cfg = load_config(find_config("demo.yaml"), list(overrides))
+        return dict(doctor._config(cfg, torch.device("cuda"), problems)), problems
+
+    lines, problems = shown()
+    assert lines["attention"] == "dense (model.attention: auto, float32)"
+    assert not any("model.attention" in problem for problem in problems)
+    lines, problems = shown("model.attention=varlen")
+    assert "attention" not in lines
+    assert any("model.dtype: bfloat16" in problem for problem in problems)
+
+
 def test_the_demo_has_no_problem_of_its_own() -> None:
     cfg = load_config(find_config("demo.yaml"))
     assert doctor.examine(cfg).problems == doctor.examine().problems

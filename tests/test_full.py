@@ -124,7 +124,7 @@ def test_gradients_are_those_of_plain_autograd(base, tied, policies, freeze, che
     reference = stock(folder, freeze)
     for tree in trees():
         stock_loss(reference, tree, 0.01).backward()
-        row = policy.with_image_features(pack_row([tree], policy.rope_index))
+        row = policy.with_image_features([pack_row([tree], policy.rope_index)])[0]
         policy.sft_backward(row, torch.full(row.targets.shape, 0.01))
     wanted = {canonical(n): p.grad for n, p in reference.named_parameters() if p.requires_grad}
     found = {canonical(n): p.grad for n, p in policy._trained().items()}
@@ -172,7 +172,7 @@ def run_steps(policy, steps, first=0):
         total = sum(len(row.targets) for row in rows)
         loss = 0.0
         for row in rows:
-            row = policy.with_image_features(row)
+            row = policy.with_image_features([row])[0]
             weights = torch.full((len(row.targets),), 1 / total)
             loss += policy.sft_backward(row, weights)["sum:loss"]
         reports.append({"loss": loss, **policy.step()})
@@ -193,7 +193,7 @@ def reference_steps(policy, steps):
         for master in masters.values():
             master.grad = torch.zeros_like(master)
         for row in rows:
-            row = policy.with_image_features(row)
+            row = policy.with_image_features([row])[0]
 
             def head(hidden, weight, row=row, total=total):
                 logp, _ = linear_logprob(hidden, weight, row.targets, return_entropy=False)

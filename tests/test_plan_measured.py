@@ -218,7 +218,7 @@ def lora_step(folder: Path, dtype: str, checkpointing: bool, sft: bool = False) 
     for layer in policy.module.base.model.language_model.layers:
         layer.mlp.__dict__.pop("forward", None)
     row = _row(policy.module.base.config)
-    row = row if sft else policy.with_image_features(row)
+    row = row if sft else policy.with_image_features([row])[0]
     return _ready(Step(row, [], run), policy.module)
 
 
@@ -389,7 +389,7 @@ def test_weights_gradients_and_moments_are_the_measured_ones(stage, folders) -> 
         deepspeed=deepspeed_settings(cfg),
         attention_kernel=varlen,
     )
-    row = policy.with_image_features(_row(policy.module.base.config))
+    row = policy.with_image_features([_row(policy.module.base.config)])[0]
     inputs = {x.untyped_storage().data_ptr() for x in vars(row).values() if torch.is_tensor(x)}
     policy.sft_backward(row, torch.full((len(row.targets),), 1.0))
     now = {at: size for at, size in _storages().items() if at not in before and at not in inputs}

@@ -234,7 +234,7 @@ def test_policy_loss_gradient_equals_plain_autograd(base, adapter, policies):
 def test_vision_features_computed_once_change_nothing(base, adapter, policies):
     policy = policies(base, train=True, adapter=adapter)
     row = pack_row(trees(5), policy.rope_index)
-    shared = policy.with_image_features(row)
+    shared = policy.with_image_features([row])[0]
     assert shared.pixel_values is None and shared.image_features.shape == (6 + 4 + 6, 64)
     calls = []
     policy.module.base.model.visual.register_forward_hook(lambda *_: calls.append(1))

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from mmedx_fast.stages import common
 from mmedx_fast.stages.adapters import base_notes, by_linear, load_factors, write_mean_adapter
 from mmedx_fast.stages.common import StopSignal
 from mmedx_fast.stages.context import batches
+from mmedx_fast.tree import Tree
 
 TARGETS = r".*(first|second)"
 
@@ -218,6 +220,44 @@ def test_token_weights_of_a_steps_rows_add_up_to_one_mean(loss_type: str) -> Non
         "dr_grpo": [1 / 15] * 10,
     }[loss_type]
     torch.testing.assert_close(torch.cat(weights), torch.tensor([*expected, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "chosen"),
+    [
+        # (images, prompts) of each question; which one is checked
+        ([(0, 4), (1, 1), (1, 2), (2, 4)], 2),
+        ([(0, 1), (0, 2), (1, 1)], 2),
+        ([(0, 1), (0, 3)], 1),
+        ([(0, 1), (0, 1)], 0),
+    ],
+)
+def test_the_self_check_takes_a_question_that_shows_image_and_sharing(kinds, chosen) -> None:
+    from types import SimpleNamespace
+
+    from mmedx_fast.stages.common import check_tree
+
+    questions = [
+        SimpleNamespace(
+            id=str(number),
+            images=("image",) * images,
+            guidelines=[f"guideline {k}" for k in range(prompts)],
+            builder=SimpleNamespace(response_ids=lambda text: list(text.encode())),
+            prompt_ids=lambda name: list(name.encode()),
+            pixel_values=None,
+            image_grid_thw=None,
+        )
+        for number, (images, prompts) in enumerate(kinds)
+    ]
+    seen: list[Tree] = []
+    policy: Any = SimpleNamespace(verify_tree=seen.append)
+    prompts = {question.id: question.guidelines for question in questions}
+    check_tree(policy, questions, lambda question: prompts[question.id])  # type: ignore[arg-type]
+    (tree,) = seen
+    assert tree.name == str(chosen)
+    pairs = {(tuple(b.prompt_ids), tuple(b.response_ids)) for b in tree.branches}
+    assert len(pairs) == len(tree.branches) == kinds[chosen][1] + 1
+    assert len({prompt for prompt, _ in pairs}) == kinds[chosen][1]
 
 
 @pytest.mark.parametrize(("free", "device"), [(2.1, "cuda"), (1.9, "cpu")])

@@ -51,11 +51,15 @@ tiny_vl = _helper("_tiny_vl")
 
 
 def questions(step):
-    """Image questions, text and both; the last step has less work than ranks."""
+    """Image questions, text and both, the last of the first step longer than two rows; the last step has less
+    work than ranks."""
     generator = torch.Generator().manual_seed(step)
     one, none, two = ((1, 4, 6),), (), ((1, 4, 4), (1, 6, 4))
     grids = [(one, none, two), (none, one), ()][step]
-    trees = [tiny_vl.make_tree(generator, grids=g, name=str(i)) for i, g in enumerate(grids)]
+    trees = [
+        tiny_vl.make_tree(generator, grids=g, name=str(i), guidelines=9 if g == two else 3)
+        for i, g in enumerate(grids)
+    ]
     return trees or [tiny_vl.make_tree(generator, guidelines=1, generations=1, grids=one)]
 
 
@@ -63,19 +67,21 @@ def update(policy, step):
     """One update on this rank's share of the step's rows, by SFT and RL in turn."""
     trees = questions(step)
     total = sum(len(branch.response_ids) for tree in trees for branch in tree.branches)
-    raw = []
-    for plan in plan_ranks(trees, ranks.world_size(), BOUND)[ranks.rank()]:
-        row = policy.with_image_features(plan.pack(policy.rope_index))
+    plans = plan_ranks(trees, ranks.world_size(), BOUND)[ranks.rank()]
+
+    def learn(index, row):
+        plan = plans[index]
         weight = torch.full(row.targets.shape, 1 / total if plan.branches else 0.0)
         if step % 2:
-            raw.append(policy.sft_backward(row, weight))
-            continue
+            return policy.sft_backward(row, weight)
         branches = torch.tensor(plan.branches or (0,))[row.branch_index]
         given = {
             "advantages": torch.cos(branches.float()),
             "old_logprob": policy.logprobs(row, temperature=1.0)[0],
         }
-        raw.append(policy.backward(row, token_weight=weight, spec=PolicyLossSpec(), **given))
+        return policy.backward(row, token_weight=weight, spec=PolicyLossSpec(), **given)
+
+    raw = policy.over_rows([plan.pack(policy.rope_index) for plan in plans], learn)
     merged = merge_metrics(part for own in ranks.all_gather(raw) for part in own)
     return {
         "loss": merged["sum:loss"],

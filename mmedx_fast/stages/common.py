@@ -185,15 +185,27 @@ def finish(stage: Stage, result: dict[str, Any]) -> None:
     ranks.barrier()
 
 
-def check_tree(policy: Policy, question: Question, guidelines: Sequence[str | None]) -> None:
+def check_tree(
+    policy: Policy,
+    questions: Sequence[Question],
+    guidelines: Callable[[Question], Sequence[str | None]],
+) -> None:
     """Before training: one packed tree must give the log-probs of plain rows, or training stops here.
+
+    The tree is the first question's that has an image and several prompts (``guidelines`` names them); where none
+    has both, the first with an image, or with several prompts. Its first prompt has two responses.
 
     Raises TreeMismatchError with the difference.
     """
     from mmedx_fast.tree import Branch, Tree
 
-    response = question.builder.response_ids("<think>\nA check.\n</think>\n<answer>A</answer>")
-    branches = tuple(Branch(question.prompt_ids(name), response) for name in guidelines)
+    question = max(questions, key=lambda q: (bool(q.images), len(guidelines(q)) > 1))
+    first, second = (
+        question.builder.response_ids(f"<think>\nA check.\n</think>\n<answer>{letter}</answer>")
+        for letter in "AB"
+    )
+    prompts = [question.prompt_ids(name) for name in guidelines(question)]
+    branches = (Branch(prompts[0], second), *(Branch(prompt, first) for prompt in prompts))
     policy.verify_tree(Tree(branches, question.pixel_values, question.image_grid_thw, question.id))
 
 

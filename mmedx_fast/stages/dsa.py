@@ -138,7 +138,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
         banned_token_ids=ctx.builder.banned_token_ids,
     )
     try:
-        check_tree(policy, questions[0], [key or None for key in questions[0].record.reasoning])
+        check_tree(policy, questions, lambda q: [key or None for key in q.record.reasoning])
         done, meter_state, extra = load_progress(stage, policy)
         meter, rates = PhaseMeter(meter_state), step_rates(policy, cfg)
         bound = RowBound(cfg.gba, extra.get("row_bound"), stage.dir)
@@ -240,7 +240,8 @@ def _update(
         ]
 
     def backward(packed: list[tuple[PackedRow, Tensor]]) -> list[dict[str, float]]:
-        return [policy.sft_backward(row, weight) for row, weight in packed]
+        rows, weights = [row for row, _ in packed], [weight for _, weight in packed]
+        return policy.over_rows(rows, lambda i, row: policy.sft_backward(row, weights[i]))
 
     rows = StepRows(policy, trees, bound, pack)
     with meter.phase("train"):

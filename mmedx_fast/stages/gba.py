@@ -161,7 +161,7 @@ class _Trainer:
         from mmedx_fast.cost import PhaseMeter
 
         try:
-            check_tree(self.policy, self.questions[0], self.gba.guidelines)
+            check_tree(self.policy, self.questions, lambda _: self.gba.guidelines)
             checksum = self.policy.base_checksum()
             done, meter_state, extra = load_progress(self.stage, self.policy)
             self.meter: PhaseMeter = PhaseMeter(meter_state)

@@ -153,10 +153,13 @@ class Learner:
 
     def _backward(self, batch: _Batch) -> list[dict[str, float]]:
         """Gradients of all rows; their raw metrics."""
-        return [
-            self.policy.backward(row, token_weight=weight, spec=self.spec, **tensors)
-            for row, weight, tensors in zip(batch.rows, batch.weights, batch.tensors, strict=True)
-        ]
+
+        def work(i: int, row: PackedRow) -> dict[str, float]:
+            return self.policy.backward(
+                row, token_weight=batch.weights[i], spec=self.spec, **batch.tensors[i]
+            )
+
+        return self.policy.over_rows(batch.rows, work)
 
     def _pack(
         self,
@@ -168,7 +171,10 @@ class Learner:
         plans: list[RowPlan],
     ) -> _Batch:
         with self.meter.phase("pack"):
-            rows = [self.policy.with_image_features(p.pack(self.policy.rope_index)) for p in plans]
+            rows = [plan.pack(self.policy.rope_index) for plan in plans]
+            if self.gba.num_iterations > 1 or self.spec.beta > 0:
+                # Several passes read them; a single one lets go of them row by row.
+                rows = self.policy.with_image_features(rows)
         batch = _Batch(
             rows,
             [[flat[branch] for branch in plan.branches] for plan in plans],
@@ -249,10 +255,9 @@ class Learner:
                     tensors[name] = torch.cat([fixed[name][i] for i in members])
                 continue
             with self.meter.phase(name, tokens=batch.tokens[1]):
-                for row, tensors in zip(batch.rows, batch.tensors, strict=True):
-                    tensors[name] = self.policy.logprobs(
-                        row, temperature=self.spec.temperature, use=use
-                    )[0]
+                found = self.policy.over_rows(batch.rows, partial(self._logprobs, use), use=use)
+            for logprob, tensors in zip(found, batch.tensors, strict=True):
+                tensors[name] = logprob
             fixed[name] = {
                 rollout: tensors[name][row.branch_index == branch]
                 for row, members, tensors in zip(
@@ -260,6 +265,9 @@ class Learner:
                 )
                 for branch, rollout in enumerate(members)
             }
+
+    def _logprobs(self, use: Use, _: int, row: PackedRow) -> Tensor:
+        return self.policy.logprobs(row, temperature=self.spec.temperature, use=use)[0]
 
     def _check_mismatch(self, mismatch: float) -> None:
         if not mismatch <= self.gba.max_rollout_mismatch:

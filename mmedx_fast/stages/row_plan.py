@@ -48,12 +48,14 @@ def gba_plan(ctx: Context) -> str:
 
 
 def _table(ctx: Context, trees: list[Tree]) -> str:
+    import torch
+
     from mmedx_fast._env import default_device
     from mmedx_fast.attention import choose_backend
     from mmedx_fast.meter import render_table
 
-    device = default_device()
-    backend = choose_backend(ctx.cfg.model.attention, device)
+    device, model = default_device(), ctx.cfg.model
+    backend = choose_backend(model.attention, device, getattr(torch, model.dtype))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     plans = rank_rows(trees, world, ctx.cfg.gba, row_target(backend, device))
     rows = [
