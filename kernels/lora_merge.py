@@ -20,6 +20,9 @@ from ._lora_lowrank import core_factors, lora_mean, truncated
 from ._lora_torch import Merged, OnLinear
 from ._lora_types import ConflictReport, Experts, Linear, LoraFactors, MergeSpec, sum_reports
 
+# What the sum is rounded to; anything else would be written as if it were a number of these.
+BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 __all__ = [
     "ConflictReport",
     "LoraFactors",
@@ -51,7 +54,7 @@ def lora_conflicts(
 
 
 def lora_merge_(
-    base_weight: Tensor,  # [out, in]
+    base_weight: Tensor,  # [out, in] bf16, f16, f32 or f64
     experts: Experts,
     spec: MergeSpec,
     *,
@@ -69,7 +72,8 @@ def lora_merge_(
     :func:`merge_model_` for several), unless ``thresholds`` are given: a model whose weights are not all
     in memory is merged linear by linear with the thresholds that :func:`model_conflicts` reports.
 
-    Raises ValueError if shapes do not fit; the base is then untouched.
+    Raises ValueError if shapes or the base's dtype do not fit, or a threshold is NaN or negative; the
+    base is then untouched.
     """
     return _one(base_weight, experts, spec, layer, tile, thresholds)
 
@@ -85,7 +89,8 @@ def merge_model_(
     """Merge into all of a model's linears, in place.
 
     Args:
-        weights: base weight [out, in] by linear; names without experts are left alone.
+        weights: base weight [out, in] by linear, bf16, f16, f32 or f64; names without experts are
+            left alone.
         experts: the experts' factors by linear, the same number of experts everywhere.
         spec: with ``trim_scope='global'`` each expert has one threshold over all its linears.
         on_linear: called with each linear's name and report when it is written (progress).
@@ -174,6 +179,12 @@ def _model(
 def _check(base: Tensor | None, experts: Experts, spec: MergeSpec, layer: str) -> None:
     where = f"linear {layer!r}: " if layer else ""
     spec.expert_weights(len(experts))
+    if base is not None and base.dtype not in BASE_DTYPES:
+        raise ValueError(
+            f"{where}the base weight is {base.dtype}: a merge writes "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in BASE_DTYPES)}; "
+            "dequantize it first"
+        )
     shape = None if base is None else tuple(base.shape)
     owner = "the base weight"
     for e, factors in enumerate(experts):
@@ -203,6 +214,14 @@ def _one(
             f"{tuple(thresholds.shape)} and trim_scope={spec.trim_scope!r}"
         )
     common = thresholds.double().cpu()
+    for e, (factors, threshold) in enumerate(zip(experts, common.tolist(), strict=True)):
+        # nothing compares to NaN, and the expert would be dropped without a word
+        if factors is not None and spec.trims and not threshold >= 0:
+            where = f"linear {layer!r}: " if layer else ""
+            raise ValueError(
+                f"{where}the threshold of expert {e} is {threshold}: it must be 0 or more "
+                "(infinity keeps nothing)"
+            )
     return _merge([Linear(layer, base, experts)], spec, tile, None, common).reports[0]
 
 

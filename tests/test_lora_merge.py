@@ -541,6 +541,35 @@ def test_bad_factors_are_named() -> None:
         lora_conflicts(factors(), MergeSpec(weights=(1.0, 2.0)))
 
 
+BAD_BASES = (torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64)
+
+
+@pytest.mark.parametrize("dtype", BAD_BASES, ids=str)
+def test_a_base_that_holds_no_plain_floats_is_refused(implementation, dtype) -> None:
+    base = torch.ones(OUT, IN).to(dtype)
+    with pytest.raises(ValueError, match=f"linear 'q': the base weight is {dtype}.*bfloat16"):
+        lora_merge_(base, factors(), MergeSpec(), layer="q")
+    weights = {"a": torch.zeros(OUT, IN), "q": base}
+    with pytest.raises(ValueError, match="linear 'q': the base weight is"):
+        merge_model_(weights, dict.fromkeys(weights, factors()), MergeSpec())
+    assert torch.equal(base.to(torch.complex64).real, torch.ones(OUT, IN))
+    assert not weights["a"].any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1.0, -math.inf])
+def test_a_threshold_that_is_no_magnitude_is_refused(implementation, bad: float) -> None:
+    spec, experts = MergeSpec(density=0.2, trim_scope="global"), factors(missing=(1,))
+    thresholds = torch.tensor([0.5, bad, 0.0, 0.5, math.inf], dtype=torch.float64)
+    report = lora_merge_(torch.zeros(OUT, IN), experts, spec, thresholds=thresholds)
+    # the second expert does not touch this linear
+    assert report.kept[[0, 2, 3]].min() > 0 == report.kept[4]
+    thresholds[3] = bad
+    base = torch.ones(OUT, IN)
+    with pytest.raises(ValueError, match="linear 'q': the threshold of expert 3 is -?(nan|1.0|inf)"):
+        lora_merge_(base, experts, spec, layer="q", thresholds=thresholds)
+    assert (base == 1).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
 def test_memory_stays_within_five_percent_of_the_matrix(method: str) -> None:
