@@ -108,7 +108,8 @@ def _trimmed(
 ) -> Tensor:
     """[E, n, m] f32 deltas of the block after trimming or dropping, zeros for None."""
     size = (len(right), rows.stop - rows.start, columns.stop - columns.start)
-    stack = torch.zeros(size, device=next(a.device for a in right if a is not None))
+    device = next(a.device for a in right if a is not None)
+    stack = torch.zeros(size, dtype=torch.float32, device=device)
     for e, (factors, a) in enumerate(zip(linear.experts, right, strict=True)):
         if factors is None or a is None:
             continue

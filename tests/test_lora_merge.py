@@ -570,6 +570,44 @@ def test_a_threshold_that_is_no_magnitude_is_refused(implementation, bad: float)
     assert (base == 1).all()
 
 
+@pytest.fixture
+def bf16_default():
+    """torch's default dtype as a trainer may leave it."""
+    before = torch.get_default_dtype()
+    yield lambda: torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MergeSpec(weights=(1.0, 0.5, 2.0, 0.1, 1.0), election="weighted", divisor="weight"),
+        MergeSpec(method="dare_linear", density=0.5),
+        MergeSpec(rounding="stochastic", trim_scope="global"),
+    ],
+    ids=("ties", "dare", "global"),
+)
+def test_torchs_default_dtype_changes_nothing(implementation, bf16_default, spec) -> None:
+    experts = factors(missing=(1,))
+
+    def work():
+        base = torch.ones(OUT, IN, dtype=torch.float32)
+        return base, lora_merge_(base, experts, spec, layer="q").to_dict()
+
+    want, wanted = work()
+    bf16_default()
+    got, report = work()
+    assert torch.equal(got, want) and report == wanted
+
+
+def test_torchs_default_dtype_changes_no_core_space_merge(implementation, bf16_default) -> None:
+    experts = factors()
+    want, energy = lora_merge_as_lora(experts, MergeSpec(), rank=19)
+    bf16_default()
+    got, kept = lora_merge_as_lora(experts, MergeSpec(), rank=19)
+    assert torch.equal(got.A, want.A) and torch.equal(got.B, want.B) and kept == energy
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
 def test_memory_stays_within_five_percent_of_the_matrix(method: str) -> None:
