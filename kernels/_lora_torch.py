@@ -188,7 +188,8 @@ def _write(
     else:
         new = new.to(base.dtype)
     moved = update != 0
-    report.update_energy += _energy(update)
+    broken = base.isfinite() & ~new.isfinite()
+    report.update_energy += torch.where(broken.any(), torch.inf, _energy(update)).cpu()
     report.updates += moved.sum().cpu()
     report.lost_updates += moved.logical_and_(new == base).sum().cpu()
     base.copy_(new)

@@ -19,6 +19,10 @@ DARE_MODES = ("sample", "expectation")
 ROUNDINGS = ("nearest", "stochastic")
 
 
+class MergeOverflowError(ValueError):
+    """Deltas or merged weights did not stay finite. The base may have been written."""
+
+
 @dataclass(frozen=True)
 class LoraFactors:
     """One expert's change of one linear: delta [out, in] = scale * B @ A.
@@ -208,7 +212,8 @@ class ConflictReport:
     output_overlap: Tensor  # [E, E] f64, sum over linears; see ``subspace_overlap``
     input_overlap: Tensor  # [E, E] f64
     update_energy: (
-        Tensor  # scalar f64, squared norm of what was added to the base; 0 if nothing was written
+        Tensor  # scalar f64, squared norm of what was added to the base; 0 if nothing was written, infinite
+        # where an element of the base did not stay finite
     )
     updates: Tensor  # scalar f64, elements with an update
     lost_updates: Tensor  # scalar f64, of these too small to change the base in its dtype

@@ -18,7 +18,15 @@ from torch import Tensor
 from ._dispatch import register_triton, resolve
 from ._lora_lowrank import core_factors, lora_mean, truncated
 from ._lora_torch import Merged, OnLinear
-from ._lora_types import ConflictReport, Experts, Linear, LoraFactors, MergeSpec, sum_reports
+from ._lora_types import (
+    ConflictReport,
+    Experts,
+    Linear,
+    LoraFactors,
+    MergeOverflowError,
+    MergeSpec,
+    sum_reports,
+)
 
 # What the sum is rounded to; anything else would be written as if it were a number of these.
 BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -26,6 +34,7 @@ BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 __all__ = [
     "ConflictReport",
     "LoraFactors",
+    "MergeOverflowError",
     "MergeSpec",
     "lora_conflicts",
     "lora_mean",
@@ -48,7 +57,8 @@ def lora_conflicts(
         layer: the linear's name: in the report, in errors, and in the key of DARE's random draws.
         tile: elements of a block in plain torch; only speed and memory depend on it.
 
-    Raises ValueError if the experts' shapes differ or the spec's weights do not fit.
+    Raises ValueError if the experts' shapes differ or the spec's weights do not fit,
+    MergeOverflowError if deltas overflow (see :func:`lora_merge_`).
     """
     return _one(None, experts, spec, layer, tile)
 
@@ -73,7 +83,9 @@ def lora_merge_(
     in memory is merged linear by linear with the thresholds that :func:`model_conflicts` reports.
 
     Raises ValueError if shapes or the base's dtype do not fit, or a threshold is NaN or negative; the
-    base is then untouched.
+    base is then untouched. Raises MergeOverflowError (a ValueError) if deltas are not finite in
+    ``delta_dtype`` (their squares in Triton's float32), or finite elements of the base did not stay so
+    in its dtype. That is known once the sums are: the base is written by then, and useless.
     """
     return _one(base_weight, experts, spec, layer, tile, thresholds)
 
@@ -101,6 +113,7 @@ def merge_model_(
     Raises:
         ValueError: a linear the model does not have, or factors that do not fit it; nothing is
             written then.
+        MergeOverflowError: as in :func:`lora_merge_`, after the last linear; names the linears.
     """
     missing = sorted(set(experts) - set(weights))
     if missing:
@@ -241,6 +254,7 @@ def _merge(
     if len(parts) == 1:
         ((device, part),) = parts.items()
         merged: Merged = resolve("lora_merge", device)(part, spec, tile, on_linear, thresholds)
+        _refuse_overflow(merged.reports)
         return merged
     if spec.trim_scope == "global" and spec.trims:
         raise ValueError(f"trim_scope='global' needs all linears on one device, got {set(parts)}")
@@ -249,8 +263,25 @@ def _merge(
         for device, part in parts.items()
         for report in resolve("lora_merge", device)(part, spec, tile, on_linear).reports
     ]
+    _refuse_overflow(found)
     by_name = {report.name: report for report in found}
     return Merged([by_name[linear.name] for linear in linears])
+
+
+def _refuse_overflow(reports: Sequence[ConflictReport]) -> None:
+    """Read from sums that are on the host already: no pass, no wait."""
+    broken = [
+        repr(report.name)
+        for report in reports
+        if not bool((report.energy.sum() + report.update_energy).isfinite())
+    ]
+    if broken:
+        raise MergeOverflowError(
+            f"{len(broken)} of {len(reports)} linears did not stay finite: {', '.join(broken[:8])}"
+            f"{', ...' if len(broken) > 8 else ''}. Deltas or merged weights exceed their dtype: use a "
+            "wider base or delta_dtype, or a smaller scale or lam. A base that was merged into is "
+            "to be thrown away"
+        )
 
 
 @register_triton("lora_merge")

@@ -13,6 +13,7 @@ import torch
 from mmedx_fast.kernels import _lora_gram, _lora_trim
 from mmedx_fast.kernels.lora_merge import (
     LoraFactors,
+    MergeOverflowError,
     MergeSpec,
     lora_conflicts,
     lora_mean,
@@ -565,9 +566,52 @@ def test_a_threshold_that_is_no_magnitude_is_refused(implementation, bad: float)
     assert report.kept[[0, 2, 3]].min() > 0 == report.kept[4]
     thresholds[3] = bad
     base = torch.ones(OUT, IN)
-    with pytest.raises(ValueError, match="linear 'q': the threshold of expert 3 is -?(nan|1.0|inf)"):
+    with pytest.raises(
+        ValueError, match="linear 'q': the threshold of expert 3 is -?(nan|1.0|inf)"
+    ):
         lora_merge_(base, experts, spec, layer="q", thresholds=thresholds)
     assert (base == 1).all()
+
+
+def constant(value: float, scale: float = 1.0) -> list[LoraFactors]:
+    """One expert whose delta is ``scale * value`` everywhere."""
+    return [LoraFactors(torch.full((1, IN), value), torch.ones(OUT, 1), scale)]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_linears_that_do_not_stay_finite_are_named(implementation, rounding, density) -> None:
+    spec = MergeSpec(density=density, rounding=rounding)
+    names = ("good", "q", "v")
+    weights = {name: torch.full((OUT, IN), 6e4, dtype=torch.float16) for name in names}
+    weights["v"] = weights["v"].double() * 1e303  # 6e307: the largest is 1.8e308
+    experts = {"good": constant(1e3), "q": constant(1e4), "v": constant(1e4)}
+    seen: list[str] = []
+    with pytest.raises(MergeOverflowError, match="1 of 3 linears did not stay finite: 'q'"):
+        merge_model_(weights, experts, spec, on_linear=lambda name, _: seen.append(name))
+    assert seen == list(names) and weights["good"].isfinite().all() and weights["q"].isinf().any()
+    with pytest.raises(MergeOverflowError, match="'q'"):
+        lora_merge_(torch.full((OUT, IN), 6e4).half(), constant(1e4), spec, layer="q")
+    # just below the largest, and elements that were not finite before
+    base = torch.full((OUT, IN), 6e4).half()
+    base[0, 0], base[1, 1] = math.inf, math.nan
+    report = lora_merge_(base, constant(5e3), MergeSpec(density=1.0, rounding=rounding))
+    assert int((~base.isfinite()).sum()) == 2 and report.update_energy.isfinite()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_deltas_beyond_their_dtype_are_named(implementation, density: float) -> None:
+    spec = MergeSpec(delta_dtype=torch.float16, density=density)
+    experts = {"good": constant(6e4), "q": constant(7e4)}
+    with pytest.raises(MergeOverflowError, match="1 of 2 linears did not stay finite: 'q'"):
+        model_conflicts(experts, spec)
+    with pytest.raises(MergeOverflowError, match="'q'"):
+        lora_merge_(torch.zeros(OUT, IN), experts["q"], spec, layer="q")
+    opposed = [LoraFactors(torch.full((2, IN), 3e38), torch.tensor([[3e38, -3e38]] * OUT))]
+    with pytest.raises(MergeOverflowError, match="'q'"):
+        lora_conflicts([*opposed, *constant(1e30, 1e30)], MergeSpec(density=density), layer="q")
 
 
 @pytest.fixture
