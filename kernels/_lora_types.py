@@ -27,7 +27,7 @@ class MergeOverflowError(ValueError):
 class LoraFactors:
     """One expert's change of one linear: delta [out, in] = scale * B @ A.
 
-    Raises ValueError if the factors do not fit together or are not finite.
+    Raises ValueError if the factors do not fit together, have rank 0 or are not finite.
     """
 
     A: Tensor  # [r, in]
@@ -40,6 +40,8 @@ class LoraFactors:
                 "LoRA factors must be A [r, in] and B [out, r], "
                 f"got A {tuple(self.A.shape)} and B {tuple(self.B.shape)}"
             )
+        if self.rank == 0:
+            raise ValueError("LoRA factors of rank 0 change nothing: leave the expert out (None)")
         if not math.isfinite(self.scale):
             raise ValueError(f"LoRA scale must be finite, got {self.scale}")
         for name, factor in (("A", self.A), ("B", self.B)):

@@ -533,6 +533,8 @@ def test_bad_spec(options: dict) -> None:
 def test_bad_factors_are_named() -> None:
     with pytest.raises(ValueError, match="must be A"):
         LoraFactors(torch.zeros(3, 4), torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="rank 0 change nothing"):
+        LoraFactors(torch.zeros(0, 4), torch.zeros(5, 0))
     with pytest.raises(ValueError, match="factor B holds NaN"):
         LoraFactors(torch.zeros(2, 4), torch.full((5, 2), torch.nan))
     odd = [factors((2,))[0], factors((2,), width=IN + 1)[0]]
