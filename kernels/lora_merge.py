@@ -28,6 +28,8 @@ from ._lora_types import (
     sum_reports,
 )
 
+# A block's counts are float32 products of signs, exact below 2^24.
+MOST_TILE = 1 << 22
 # What the sum is rounded to; anything else would be written as if it were a number of these.
 BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -55,7 +57,7 @@ def lora_conflicts(
     Args:
         experts: one entry per expert, None = it does not touch this linear; ranks may differ.
         layer: the linear's name: in the report, in errors, and in the key of DARE's random draws.
-        tile: elements of a block in plain torch; only speed and memory depend on it.
+        tile: elements of a block in plain torch, 4 Mi at most; only speed and memory depend on it.
 
     Raises ValueError if the experts' shapes differ or the spec's weights do not fit,
     MergeOverflowError if deltas overflow (see :func:`lora_merge_`).
@@ -247,6 +249,9 @@ def _merge(
     thresholds: Tensor | None = None,
 ) -> Merged:
     """Hand the linears of each device to its implementation: a base's device, else the factors'."""
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile must be at least 1 element, got {tile}")
+    tile = None if tile is None else min(tile, MOST_TILE)
     parts: dict[torch.device, list[Linear]] = {}
     for linear in map(_gathered, linears):
         device = _device(linear) if linear.touched else torch.device("cpu")

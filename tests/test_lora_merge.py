@@ -616,6 +616,27 @@ def test_deltas_beyond_their_dtype_are_named(implementation, density: float) -> 
         lora_conflicts([*opposed, *constant(1e30, 1e30)], MergeSpec(density=density), layer="q")
 
 
+def test_counts_are_exact_whatever_the_tile() -> None:
+    """Float32 counts to 2^24: an odd number beyond it is lost in one block of all elements."""
+    out, width = (1 << 16) + 771, 256
+    a, b = torch.ones(1, width), torch.ones(out, 1)
+    a[0, 7] = 0.0
+    report = lora_conflicts([LoraFactors(a, b)], MergeSpec(density=1.0), tile=1 << 30)
+    assert int(report.kept) == out * (width - 1) > 1 << 24
+
+
+@pytest.mark.parametrize("tile", [0, -1])
+def test_a_tile_of_nothing_is_refused(implementation, tile: int) -> None:
+    base = torch.ones(OUT, IN)
+    for work in (
+        lambda: lora_merge_(base, factors(), MergeSpec(), tile=tile),
+        lambda: model_conflicts({"q": factors()}, MergeSpec(), tile=tile),
+    ):
+        with pytest.raises(ValueError, match=f"tile must be at least 1 element, got {tile}"):
+            work()
+    assert (base == 1).all()
+
+
 @pytest.fixture
 def bf16_default():
     """torch's default dtype as a trainer may leave it."""
