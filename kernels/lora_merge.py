@@ -113,8 +113,8 @@ def merge_model_(
         {"linears": {name: report}, "total": report}, each ``ConflictReport.to_dict()``.
 
     Raises:
-        ValueError: a linear the model does not have, or factors that do not fit it; nothing is
-            written then.
+        ValueError: a linear the model does not have, factors that do not fit it, or two linears
+            that share elements (tied weights); nothing is written then.
         MergeOverflowError: as in :func:`lora_merge_`, after the last linear; names the linears.
     """
     missing = sorted(set(experts) - set(weights))
@@ -125,6 +125,7 @@ def merge_model_(
         )
     for name, factors in experts.items():
         _check(weights[name], factors, spec, name)
+    _check_apart({n: weights[n] for n, f in experts.items() if any(x is not None for x in f)})
     return _model(weights, experts, spec, tile, on_linear)
 
 
@@ -211,6 +212,44 @@ def _check(base: Tensor | None, experts: Experts, spec: MergeSpec, layer: str) -
                 f"{where}expert {e} changes a {factors.shape} matrix, but {owner} is {shape}"
             )
         shape, owner = factors.shape, f"expert {e}'s" if base is None else owner
+
+
+def _check_apart(weights: Mapping[str, Tensor]) -> None:
+    """Tied weights would take both names' deltas. Parts of one tensor (a fused projection) are no ties."""
+    near: list[tuple[str, Tensor]] = []
+    for name, weight in sorted(weights.items(), key=lambda item: _span(item[1])):
+        near = [(n, w) for n, w in near if _span(w)[1] >= _span(weight)[0]]
+        for other, before in near:
+            if _share(weight, before):
+                raise ValueError(
+                    f"linears {other!r} and {name!r} share memory (tied weights?) and would be merged "
+                    "into twice: give experts to one of them, or untie them"
+                )
+        near.append((name, weight))
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """Addresses of the first and the last element."""
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + last * x.element_size()
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices whose spans overlap have an element in common."""
+    if a.dtype != b.dtype or a.stride() != b.stride():
+        return True  # not parts of one matrix: nothing is known of their order
+    row, column = (0, 1) if a.stride(0) >= a.stride(1) else (1, 0)
+    line, step = max(a.stride(row), 1), max(a.stride(column), 1)
+    apart = (a.data_ptr() - b.data_ptr()) // a.element_size()
+    for rows in (apart // line, apart // line + 1):
+        columns, between = divmod(apart - rows * line, step)
+        if (
+            not between
+            and -a.shape[row] < rows < b.shape[row]
+            and -a.shape[column] < columns < b.shape[column]
+        ):
+            return True
+    return False
 
 
 def _one(

@@ -637,6 +637,50 @@ def test_a_tile_of_nothing_is_refused(implementation, tile: int) -> None:
     assert (base == 1).all()
 
 
+SAME = {
+    "one tensor": lambda w: (w[:OUT, :IN], w[:OUT, :IN]),
+    "a Parameter": lambda w: (w[:OUT, :IN], torch.nn.Parameter(w, requires_grad=False)[:OUT, :IN]),
+    "shifted by a row": lambda w: (w[:OUT, :IN], w[1 : OUT + 1, :IN]),
+    "shifted by a column": lambda w: (w[:OUT, 1 : IN + 1], w[:OUT, :IN]),
+    "a corner": lambda w: (w[:OUT, :IN], w[OUT - 1 :, IN - 1 :][:OUT, :IN]),
+    "other strides": lambda w: (w[:OUT, :IN], w.view(-1)[7 : 7 + OUT * IN].view(OUT, IN)),
+    "transposed": lambda w: (w.t()[:OUT, :IN], w.t()[1 : OUT + 1, 2 : IN + 2]),
+}
+PARTS = {
+    "rows": lambda w: (w[:OUT, :IN], w[OUT : 2 * OUT, :IN]),
+    "columns": lambda w: (w[:OUT, IN : 2 * IN], w[:OUT, :IN]),
+    "diagonal": lambda w: (w[OUT : 2 * OUT, :IN], w[:OUT, IN : 2 * IN]),
+    "every other": lambda w: (w[:OUT, 0 : 2 * IN : 2], w[:OUT, 1 : 2 * IN : 2]),
+    "transposed": lambda w: (w.t()[:OUT, IN : 2 * IN], w.t()[:OUT, :IN]),
+    "of a flat buffer": lambda w: (
+        w.view(-1)[: OUT * IN].view(OUT, IN),
+        w.view(-1)[OUT * IN : 2 * OUT * IN].view(OUT, IN),
+    ),
+}
+
+
+@pytest.mark.parametrize("views", SAME.values(), ids=SAME)
+def test_tied_weights_are_not_merged_twice(implementation, views) -> None:
+    store = torch.zeros(3 * IN, 3 * IN)
+    head, embed = views(store)
+    experts = {"head": factors(seed=1), "embed": factors(seed=2)}
+    with pytest.raises(ValueError, match="'(head|embed)' and '(head|embed)' share memory"):
+        merge_model_({"head": head, "embed": embed}, experts, MergeSpec())
+    assert not store.any()
+    untouched = experts | {"embed": [None] * 5}
+    merge_model_({"head": head, "embed": embed}, untouched, MergeSpec())
+    assert torch.equal(head, merged(experts["head"], MergeSpec()))
+
+
+@pytest.mark.parametrize("views", PARTS.values(), ids=PARTS)
+def test_parts_of_one_tensor_are_merged(implementation, views) -> None:
+    parts = dict(zip("qk", views(torch.zeros(3 * IN, 3 * IN)), strict=True))
+    experts = {"q": factors(seed=1), "k": factors(seed=2)}
+    merge_model_(parts, experts, MergeSpec())
+    for name, part in parts.items():
+        assert torch.equal(part, merged(experts[name], MergeSpec()))
+
+
 @pytest.fixture
 def bf16_default():
     """torch's default dtype as a trainer may leave it."""
