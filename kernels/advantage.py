@@ -238,11 +238,19 @@ def _check_tensors(
             f"rewards must be a float [B, M] tensor, got {rewards.dtype} {tuple(rewards.shape)}"
         )
     for name, ids in (("group", group), ("guideline", guideline)):
-        if ids.shape != rewards.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
+        # floats would be cut to integers, and of complex numbers the real part taken
+        counted = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if ids.shape != rewards.shape[:1] or not counted:
             raise ValueError(
-                f"{name} must be an integer [{rewards.shape[0]}] tensor, "
-                f"got {ids.dtype} {tuple(ids.shape)}"
+                f"{name} must be an integer [{rewards.shape[0]}] tensor, one id per rollout "
+                f"(torch.int64, say), got {ids.dtype} {tuple(ids.shape)}"
             )
+    for name, weights in (
+        ("reward_weights", reward_weights),
+        ("guideline_weights", guideline_weights),
+    ):
+        if weights is not None and weights.is_complex():
+            raise ValueError(f"{name} must be real, got {weights.dtype}")
     if reward_weights is not None and reward_weights.shape != rewards.shape[1:]:
         raise ValueError(
             f"reward_weights must have shape [{rewards.shape[1]}], one per reward, "
