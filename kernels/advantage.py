@@ -24,6 +24,7 @@ from ._dispatch import register_triton, resolve
 COMBINE = ("sum_then_normalize", "normalize_then_sum")
 SCALE = ("guideline", "group", "batch", "none")
 BASELINE = ("mean", "leave_one_out")
+MAX_REWARDS = 256  # of the Triton kernel, whose tiles have one axis over them
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def guideline_advantages(
         advantages [B] float32 and :class:`AdvantageStats`. Statistics are accumulated in float64.
         Nothing here is differentiable.
 
-    On CUDA this is one launch of a Triton kernel, two for ``normalize_then_sum`` with
+    On CUDA (up to 256 rewards) this is one launch of a Triton kernel, two for ``normalize_then_sum`` with
     ``scale='batch'``; deterministic, without a host synchronisation, fit for a CUDA graph and for
     ``torch.compile(fullgraph=True)``. There the values are not inspected: an infinite reward makes
     its question NaN (with ``scale='batch'`` the batch), a guideline id without a weight its
@@ -304,7 +305,9 @@ _library.define(
 
 
 def _run(rewards: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return resolve("guideline_advantages", rewards.device)(rewards, *arguments)
+    m = rewards.shape[1]
+    beyond = f"at most {MAX_REWARDS} rewards, got {m}" if m > MAX_REWARDS else None
+    return resolve("guideline_advantages", rewards.device, beyond)(rewards, *arguments)
 
 
 def _shapes(rewards: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -321,7 +324,7 @@ _library.impl("guideline_advantages", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("mmedx_fast::guideline_advantages", _shapes, lib=_library)
 
 
-@register_triton("guideline_advantages")
+@register_triton("guideline_advantages", limit=f"up to {MAX_REWARDS} rewards")
 def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Imported at the first use: a machine without a GPU does not wait for Triton."""
     from ._advantage_triton import guideline_advantages_triton

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._dispatch import register_triton, resolve
 from ._lora_lowrank import core_factors, lora_mean, truncated
+from ._lora_plan import MAX_EXPERTS
 from ._lora_torch import Merged, OnLinear
 from ._lora_types import (
     ConflictReport,
@@ -291,13 +292,16 @@ def _merge(
     if tile is not None and tile < 1:
         raise ValueError(f"tile must be at least 1 element, got {tile}")
     tile = None if tile is None else min(tile, MOST_TILE)
+    count = max((len(linear.experts) for linear in linears), default=0)
+    beyond = f"at most {MAX_EXPERTS} experts, got {count}" if count > MAX_EXPERTS else None
     parts: dict[torch.device, list[Linear]] = {}
     for linear in map(_gathered, linears):
         device = _device(linear) if linear.touched else torch.device("cpu")
         parts.setdefault(device, []).append(linear)
     if len(parts) == 1:
         ((device, part),) = parts.items()
-        merged: Merged = resolve("lora_merge", device)(part, spec, tile, on_linear, thresholds)
+        merge = resolve("lora_merge", device, beyond)
+        merged: Merged = merge(part, spec, tile, on_linear, thresholds)
         _refuse_overflow(merged.reports)
         return merged
     if spec.trim_scope == "global" and spec.trims:
@@ -305,7 +309,7 @@ def _merge(
     found = [
         report
         for device, part in parts.items()
-        for report in resolve("lora_merge", device)(part, spec, tile, on_linear).reports
+        for report in resolve("lora_merge", device, beyond)(part, spec, tile, on_linear).reports
     ]
     _refuse_overflow(found)
     by_name = {report.name: report for report in found}
@@ -328,7 +332,7 @@ def _refuse_overflow(reports: Sequence[ConflictReport]) -> None:
         )
 
 
-@register_triton("lora_merge")
+@register_triton("lora_merge", limit=f"up to {MAX_EXPERTS} experts")
 def _merge_triton(
     linears: Sequence[Linear],
     spec: MergeSpec,

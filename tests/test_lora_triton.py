@@ -5,12 +5,13 @@ Factors of small integers make every product exact, so that both implementations
 
 import dataclasses
 import importlib.util
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmedx_fast.kernels import _lora_thresholds, _lora_trim, _lora_triton
+from mmedx_fast.kernels import _dispatch, _lora_thresholds, _lora_trim, _lora_triton
 from mmedx_fast.kernels._lora_search import Search
 from mmedx_fast.kernels._lora_types import Linear
 from mmedx_fast.kernels.lora_merge import (
@@ -313,8 +314,26 @@ def test_a_search_recovers_from_any_first_interval(bins: int, lie) -> None:
 
 
 def test_too_many_experts_are_refused(triton_kernels) -> None:
-    with pytest.raises(ValueError, match="at most 16 experts, got 17"):
+    with pytest.raises(RuntimeError, match="=triton, but .*at most 16 experts, got 17"):
         lora_conflicts(integers((1,) * 17, 4, 4), MergeSpec())
+
+
+def test_too_many_experts_fall_to_torch(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(_dispatch, "_said", set())
+    experts = integers((1,) * 17, 4, 8)
+    monkeypatch.setenv(_dispatch.ENV, "torch")
+    want, wanted = merged(experts, MergeSpec())
+    monkeypatch.setenv(_dispatch.ENV, "auto")
+    usable = dataclasses.replace(_dispatch._triton_ops["lora_merge"], refuse=lambda device: None)
+    monkeypatch.setitem(_dispatch._triton_ops, "lora_merge", usable)
+    with caplog.at_level(logging.INFO, logger="mmedx_fast.kernels"):
+        for _ in range(2):
+            got, report = merged(experts, MergeSpec())
+            assert torch.equal(got, want)
+            assert_same_report(report, wanted)
+    assert [r.getMessage() for r in caplog.records] == [
+        "lora_merge runs in plain torch: at most 16 experts, got 17"
+    ]
 
 
 def test_sixteen_experts(monkeypatch) -> None:
