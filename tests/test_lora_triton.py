@@ -343,6 +343,29 @@ def test_sixteen_experts(monkeypatch) -> None:
     assert_same_report(report, wanted)
 
 
+def test_all_ranks_of_a_model_in_one_launch(monkeypatch) -> None:
+    """Ranks are padded to the largest; a factor is read to its own."""
+    ranks = (1, 8, 20, 64, 128)
+    experts = {
+        "q": integers(ranks, seed=1),
+        "k": integers(ranks[::-1], 8, 40, seed=2, missing=(2,)),
+        "v": integers((8,) * 5, 66, 7, seed=3),
+        "o": integers((1, 8, 1, 8, 1), seed=4, missing=(0, 2)),
+    }
+
+    def work():
+        g = torch.Generator().manual_seed(0)
+        shapes = {n: next(f.shape for f in row if f is not None) for n, row in experts.items()}
+        weights = {n: torch.randn(s, generator=g).bfloat16().to(DEVICE) for n, s in shapes.items()}
+        return weights, merge_model_(weights, experts, MergeSpec(density=0.4))
+
+    (want, wanted), (got, report) = both(monkeypatch, work)
+    for name in experts:
+        assert torch.equal(got[name], want[name]), name
+        for key in ("threshold", "tied", "kept_fraction", "overlap", "conflicts"):
+            assert report["linears"][name][key] == wanted["linears"][name][key], (name, key)
+
+
 class NoKernel:
     """A kernel that does nothing, for the sake of the host's share of the memory."""
 
