@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import CompileCase, launch_options
+from .advantage import MAX_REWARDS
 
 # Elements of the largest register tile, which has one axis over the rewards.
 TILE = 4096
-MAX_REWARDS = 256
 MANY_ROLLOUTS = 8192
 RESCALE_ROWS = 256
 
@@ -310,11 +310,6 @@ def guideline_advantages_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The Triton path, with the packed tensors of ``AdvantageStats`` and reward_mean as its result."""
     b, m = rewards.shape
-    if m > MAX_REWARDS:
-        raise ValueError(
-            f"the Triton kernel takes at most {MAX_REWARDS} rewards, got {m}: "
-            "set MMEDX_KERNELS=torch"
-        )
     floats = rewards.new_empty((6, b), dtype=torch.float32)
     counts = rewards.new_empty((2, b), dtype=torch.int64)
     flags = rewards.new_empty((4, b), dtype=torch.bool)

@@ -3,9 +3,9 @@
 An op's module registers its torch implementation; a Triton one may be registered beside it under
 the same name and with the same signature. ``MMEDX_KERNELS`` picks:
 
-- ``auto`` (default): Triton where one is registered and usable on the tensors' device, torch
-  otherwise. The reason for
-  falling to torch is logged once per op (logger ``mmedx_fast.kernels``).
+- ``auto`` (default): Triton where one is registered, usable on the tensors' device and made for
+  their sizes, torch otherwise. Each reason for falling to torch is logged once per op (logger
+  ``mmedx_fast.kernels``).
 - ``torch``: always torch.
 - ``triton``: Triton or an error that names the op and what is missing.
 """
@@ -38,6 +38,7 @@ class _Triton:
 
     fn: Op
     refuse: Callable[[torch.device], str | None]
+    limit: str
 
 
 _torch_ops: dict[str, Op] = {}
@@ -86,13 +87,13 @@ def interpreting() -> bool:
 
 
 def register_triton(
-    op: str, refuse: Callable[[torch.device], str | None] = needs_cuda
+    op: str, refuse: Callable[[torch.device], str | None] = needs_cuda, limit: str = ""
 ) -> Callable[[F], F]:
     """Decorator: make the function the Triton implementation of ``op``, with the torch one's
-    signature."""
+    signature. ``limit`` says which calls it cannot take (``resolve``'s ``beyond``)."""
 
     def keep(fn: F) -> F:
-        _triton_ops[op] = _Triton(fn, refuse)
+        _triton_ops[op] = _Triton(fn, refuse, limit)
         return fn
 
     return keep
@@ -116,8 +117,9 @@ def _why_not_triton(op: str, device: torch.device) -> str | None:
     return entry.refuse(device)
 
 
-def resolve(op: str, device: torch.device) -> Op:
-    """The implementation of ``op`` for tensors on ``device``.
+def resolve(op: str, device: torch.device, beyond: str | None = None) -> Op:
+    """The implementation of ``op`` for tensors on ``device``. ``beyond`` says why its Triton kernels
+    cannot take this call, if they cannot.
 
     Raises KeyError for an op nobody registered, RuntimeError if ``MMEDX_KERNELS=triton`` cannot be
     honoured.
@@ -125,7 +127,7 @@ def resolve(op: str, device: torch.device) -> Op:
     wanted = mode()
     if wanted == "torch":
         return _torch_ops[op]
-    reason = _why_not_triton(op, device)
+    reason = _why_not_triton(op, device) or beyond
     if reason is None:
         return _triton_ops[op].fn
     if wanted == "triton":
@@ -145,6 +147,7 @@ class Path:
     op: str
     implementation: str  # "triton" or "torch"
     reason: str  # empty where Triton is taken
+    limit: str = ""  # what Triton can take, where it is taken: calls beyond it run in torch
 
 
 def paths(device: torch.device) -> list[Path]:
@@ -152,5 +155,8 @@ def paths(device: torch.device) -> list[Path]:
     found = []
     for op in sorted(_torch_ops):
         reason = f"{ENV}=torch" if mode() == "torch" else _why_not_triton(op, device)
-        found.append(Path(op, "torch" if reason else "triton", reason or ""))
+        if reason:
+            found.append(Path(op, "torch", reason))
+        else:
+            found.append(Path(op, "triton", "", _triton_ops[op].limit))
     return found

@@ -270,6 +270,16 @@ def _elected(
 
 
 @triton.jit
+def _broken(old, new, BASE: tl.constexpr):
+    """Elements that were finite and are no more."""
+    if BASE != tl.float64:  # 16-bit comparisons are wrong in the interpreter
+        old = old.to(tl.float32)
+        new = new.to(tl.float32)
+    limit = float("inf")
+    return (tl.abs(old) < limit) & ~(tl.abs(new) < limit)
+
+
+@triton.jit
 def _write(
     stats, update, shape, rows, columns, out, width, stream, at,
     BASE: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr,
@@ -296,7 +306,9 @@ def _write(
     lost = moved & (new == old)
     count = tl.sum(moved.to(tl.int32) + (lost.to(tl.int32) << 16))
     tl.store(at_base, new, mask=valid)
-    stats = _put(stats, at, tl.sum(update * update))
+    stats = _put(
+        stats, at, tl.sum(tl.where(_broken(old, new, BASE), float("inf"), update * update))
+    )
     stats = _put(stats, at + 1, count & 0xFFFF)
     return _put(stats, at + 2, count >> 16)
 

@@ -71,11 +71,6 @@ def _plan(
     tile: tuple[int, int],
 ) -> Plan:
     experts = len(linears[0].experts)
-    if experts > MAX_EXPERTS:
-        raise ValueError(
-            f"the Triton merge takes at most {MAX_EXPERTS} experts, got {experts}: "
-            "set MMEDX_KERNELS=torch"
-        )
     kept: list[Tensor] = []
     shapes = [_shape_row(linear) for linear in linears]
     factors = [[_factor_row(f, factor_dtype, kept) for f in x.experts] for x in linears]

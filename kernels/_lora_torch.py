@@ -108,7 +108,8 @@ def _trimmed(
 ) -> Tensor:
     """[E, n, m] f32 deltas of the block after trimming or dropping, zeros for None."""
     size = (len(right), rows.stop - rows.start, columns.stop - columns.start)
-    stack = torch.zeros(size, device=next(a.device for a in right if a is not None))
+    device = next(a.device for a in right if a is not None)
+    stack = torch.zeros(size, dtype=torch.float32, device=device)
     for e, (factors, a) in enumerate(zip(linear.experts, right, strict=True)):
         if factors is None or a is None:
             continue
@@ -187,7 +188,8 @@ def _write(
     else:
         new = new.to(base.dtype)
     moved = update != 0
-    report.update_energy += _energy(update)
+    broken = base.isfinite() & ~new.isfinite()
+    report.update_energy += torch.where(broken.any(), torch.inf, _energy(update)).cpu()
     report.updates += moved.sum().cpu()
     report.lost_updates += moved.logical_and_(new == base).sum().cpu()
     base.copy_(new)

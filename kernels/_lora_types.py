@@ -19,11 +19,15 @@ DARE_MODES = ("sample", "expectation")
 ROUNDINGS = ("nearest", "stochastic")
 
 
+class MergeOverflowError(ValueError):
+    """Deltas or merged weights did not stay finite. The base may have been written."""
+
+
 @dataclass(frozen=True)
 class LoraFactors:
     """One expert's change of one linear: delta [out, in] = scale * B @ A.
 
-    Raises ValueError if the factors do not fit together or are not finite.
+    Raises ValueError if the factors do not fit together, have rank 0 or are not finite.
     """
 
     A: Tensor  # [r, in]
@@ -36,6 +40,8 @@ class LoraFactors:
                 "LoRA factors must be A [r, in] and B [out, r], "
                 f"got A {tuple(self.A.shape)} and B {tuple(self.B.shape)}"
             )
+        if self.rank == 0:
+            raise ValueError("LoRA factors of rank 0 change nothing: leave the expert out (None)")
         if not math.isfinite(self.scale):
             raise ValueError(f"LoRA scale must be finite, got {self.scale}")
         for name, factor in (("A", self.A), ("B", self.B)):
@@ -208,7 +214,8 @@ class ConflictReport:
     output_overlap: Tensor  # [E, E] f64, sum over linears; see ``subspace_overlap``
     input_overlap: Tensor  # [E, E] f64
     update_energy: (
-        Tensor  # scalar f64, squared norm of what was added to the base; 0 if nothing was written
+        Tensor  # scalar f64, squared norm of what was added to the base; 0 if nothing was written, infinite
+        # where an element of the base did not stay finite
     )
     updates: Tensor  # scalar f64, elements with an update
     lost_updates: Tensor  # scalar f64, of these too small to change the base in its dtype

@@ -24,6 +24,7 @@ from ._dispatch import register_triton, resolve
 COMBINE = ("sum_then_normalize", "normalize_then_sum")
 SCALE = ("guideline", "group", "batch", "none")
 BASELINE = ("mean", "leave_one_out")
+MAX_REWARDS = 256  # of the Triton kernel, whose tiles have one axis over them
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def guideline_advantages(
         advantages [B] float32 and :class:`AdvantageStats`. Statistics are accumulated in float64.
         Nothing here is differentiable.
 
-    On CUDA this is one launch of a Triton kernel, two for ``normalize_then_sum`` with
+    On CUDA (up to 256 rewards) this is one launch of a Triton kernel, two for ``normalize_then_sum`` with
     ``scale='batch'``; deterministic, without a host synchronisation, fit for a CUDA graph and for
     ``torch.compile(fullgraph=True)``. There the values are not inspected: an infinite reward makes
     its question NaN (with ``scale='batch'`` the batch), a guideline id without a weight its
@@ -238,11 +239,19 @@ def _check_tensors(
             f"rewards must be a float [B, M] tensor, got {rewards.dtype} {tuple(rewards.shape)}"
         )
     for name, ids in (("group", group), ("guideline", guideline)):
-        if ids.shape != rewards.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
+        # floats would be cut to integers, and of complex numbers the real part taken
+        counted = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if ids.shape != rewards.shape[:1] or not counted:
             raise ValueError(
-                f"{name} must be an integer [{rewards.shape[0]}] tensor, "
-                f"got {ids.dtype} {tuple(ids.shape)}"
+                f"{name} must be an integer [{rewards.shape[0]}] tensor, one id per rollout "
+                f"(torch.int64, say), got {ids.dtype} {tuple(ids.shape)}"
             )
+    for name, weights in (
+        ("reward_weights", reward_weights),
+        ("guideline_weights", guideline_weights),
+    ):
+        if weights is not None and weights.is_complex():
+            raise ValueError(f"{name} must be real, got {weights.dtype}")
     if reward_weights is not None and reward_weights.shape != rewards.shape[1:]:
         raise ValueError(
             f"reward_weights must have shape [{rewards.shape[1]}], one per reward, "
@@ -296,7 +305,9 @@ _library.define(
 
 
 def _run(rewards: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return resolve("guideline_advantages", rewards.device)(rewards, *arguments)
+    m = rewards.shape[1]
+    beyond = f"at most {MAX_REWARDS} rewards, got {m}" if m > MAX_REWARDS else None
+    return resolve("guideline_advantages", rewards.device, beyond)(rewards, *arguments)
 
 
 def _shapes(rewards: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -313,7 +324,7 @@ _library.impl("guideline_advantages", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("mmedx_fast::guideline_advantages", _shapes, lib=_library)
 
 
-@register_triton("guideline_advantages")
+@register_triton("guideline_advantages", limit=f"up to {MAX_REWARDS} rewards")
 def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Imported at the first use: a machine without a GPU does not wait for Triton."""
     from ._advantage_triton import guideline_advantages_triton

@@ -159,8 +159,8 @@ def _ops(device: torch.device) -> Iterator[tuple[str, str]]:
     from mmedx_fast.kernels import _dispatch
 
     for path in _dispatch.paths(device):
-        reason = f" ({path.reason})" if path.reason else ""
-        yield path.op, f"{path.implementation}{reason}"
+        said = path.reason or path.limit
+        yield path.op, f"{path.implementation}{f' ({said})' if said else ''}"
 
 
 def _selftests(device: torch.device, problems: list[str]) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,9 @@
 """guideline_advantages against plain loops in float64, known estimators and TRL's own code."""
 
 import ast
+import dataclasses
 import importlib.metadata
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmedx_fast.kernels import _advantage_torch, _advantage_triton
+from mmedx_fast.kernels import _advantage_torch, _advantage_triton, _dispatch
 from mmedx_fast.kernels.advantage import BASELINE, COMBINE, SCALE, guideline_advantages
 
 IDS = (-(2**63), -7, -1, 0, 3, 900, 2**31, 2**53 + 1, 2**63 - 1)
@@ -476,8 +478,31 @@ def test_blocks_fit_the_register_file(rollouts: int, rewards: int, combine: str)
 
 def test_more_rewards_than_a_tile_holds_are_refused(triton_kernels: None) -> None:
     ids = torch.zeros(2, dtype=torch.long)
-    with pytest.raises(ValueError, match="at most 256 rewards, got 257"):
+    with pytest.raises(RuntimeError, match="=triton, but .*at most 256 rewards, got 257"):
         guideline_advantages(torch.zeros(2, 257), ids, ids)
+
+
+def test_more_rewards_than_a_tile_holds_fall_to_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_dispatch, "_said", set())
+    g = torch.Generator().manual_seed(0)
+    rewards, ids = torch.randn(4, 257, generator=g), torch.zeros(4, dtype=torch.long)
+    monkeypatch.setenv(_dispatch.ENV, "torch")
+    want = guideline_advantages(rewards, ids, ids)
+    monkeypatch.setenv(_dispatch.ENV, "auto")
+    usable = dataclasses.replace(
+        _dispatch._triton_ops["guideline_advantages"], refuse=lambda device: None
+    )
+    monkeypatch.setitem(_dispatch._triton_ops, "guideline_advantages", usable)
+    with caplog.at_level(logging.INFO, logger="mmedx_fast.kernels"):
+        for _ in range(2):
+            assert_same_bits(guideline_advantages(rewards, ids, ids), want)
+    assert [r.getMessage() for r in caplog.records] == [
+        "guideline_advantages runs in plain torch: at most 256 rewards, got 257"
+    ]
+    path = {p.op: p for p in _dispatch.paths(rewards.device)}["guideline_advantages"]
+    assert (path.implementation, path.limit) == ("triton", "up to 256 rewards")
 
 
 @pytest.mark.parametrize("scale", SCALE)
@@ -608,7 +633,15 @@ def test_equals_trl_own_code(aggregation: str, scale: str, nan: float, implement
             r"rewards\[1, 0\] is infinite",
         ),
         ({"group": torch.zeros(3, dtype=torch.long)}, "group must be"),
-        ({"guideline": torch.zeros(4)}, "guideline must be"),
+        ({"guideline": torch.zeros(4)}, r"guideline must be an integer \[4\] .*torch.int64"),
+        ({"group": torch.zeros(4, dtype=torch.complex64)}, "group must be .*got torch.complex64"),
+        ({"guideline": torch.zeros(4, dtype=torch.complex128)}, "guideline must be"),
+        ({"group": torch.zeros(4, dtype=torch.bool)}, "group must be .*got torch.bool"),
+        ({"reward_weights": torch.ones(2, dtype=torch.complex64)}, "reward_weights must be real"),
+        (
+            {"guideline_weights": torch.ones(2, dtype=torch.cfloat)},
+            "guideline_weights must be real",
+        ),
         ({"reward_weights": torch.ones(5)}, "reward_weights"),
         ({"guideline_weights": torch.ones(2)}, "0..K-1"),
         ({"guideline_weights": torch.ones(0)}, "K > 0"),

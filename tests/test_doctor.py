@@ -42,6 +42,13 @@ def test_the_mode_is_given_as_the_reason(monkeypatch) -> None:
     assert set(ops.values()) == {f"torch ({_dispatch.ENV}=torch)"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
+def test_what_the_kernels_cannot_take_is_said(triton_kernels) -> None:
+    ops = lines(doctor.examine(), "ops")
+    assert ops["guideline_advantages"] == "triton (up to 256 rewards)"
+    assert ops["lora_merge"] == "triton (up to 16 experts)"
+
+
 def test_a_config_shows_sizes_and_backend() -> None:
     cfg = load_config(find_config("qwen2_5_vl_7b.yaml"))
     found = doctor.examine(cfg)

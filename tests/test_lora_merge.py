@@ -13,6 +13,7 @@ import torch
 from mmedx_fast.kernels import _lora_gram, _lora_trim
 from mmedx_fast.kernels.lora_merge import (
     LoraFactors,
+    MergeOverflowError,
     MergeSpec,
     lora_conflicts,
     lora_mean,
@@ -532,6 +533,8 @@ def test_bad_spec(options: dict) -> None:
 def test_bad_factors_are_named() -> None:
     with pytest.raises(ValueError, match="must be A"):
         LoraFactors(torch.zeros(3, 4), torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="rank 0 change nothing"):
+        LoraFactors(torch.zeros(0, 4), torch.zeros(5, 0))
     with pytest.raises(ValueError, match="factor B holds NaN"):
         LoraFactors(torch.zeros(2, 4), torch.full((5, 2), torch.nan))
     odd = [factors((2,))[0], factors((2,), width=IN + 1)[0]]
@@ -539,6 +542,181 @@ def test_bad_factors_are_named() -> None:
         lora_conflicts(odd, MergeSpec(), layer="q")
     with pytest.raises(ValueError, match="2 weights for 5 experts"):
         lora_conflicts(factors(), MergeSpec(weights=(1.0, 2.0)))
+
+
+BAD_BASES = (torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64)
+
+
+@pytest.mark.parametrize("dtype", BAD_BASES, ids=str)
+def test_a_base_that_holds_no_plain_floats_is_refused(implementation, dtype) -> None:
+    base = torch.ones(OUT, IN).to(dtype)
+    with pytest.raises(ValueError, match=f"linear 'q': the base weight is {dtype}.*bfloat16"):
+        lora_merge_(base, factors(), MergeSpec(), layer="q")
+    weights = {"a": torch.zeros(OUT, IN), "q": base}
+    with pytest.raises(ValueError, match="linear 'q': the base weight is"):
+        merge_model_(weights, dict.fromkeys(weights, factors()), MergeSpec())
+    assert torch.equal(base.to(torch.complex64).real, torch.ones(OUT, IN))
+    assert not weights["a"].any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1.0, -math.inf])
+def test_a_threshold_that_is_no_magnitude_is_refused(implementation, bad: float) -> None:
+    spec, experts = MergeSpec(density=0.2, trim_scope="global"), factors(missing=(1,))
+    thresholds = torch.tensor([0.5, bad, 0.0, 0.5, math.inf], dtype=torch.float64)
+    report = lora_merge_(torch.zeros(OUT, IN), experts, spec, thresholds=thresholds)
+    # the second expert does not touch this linear
+    assert report.kept[[0, 2, 3]].min() > 0 == report.kept[4]
+    thresholds[3] = bad
+    base = torch.ones(OUT, IN)
+    with pytest.raises(
+        ValueError, match="linear 'q': the threshold of expert 3 is -?(nan|1.0|inf)"
+    ):
+        lora_merge_(base, experts, spec, layer="q", thresholds=thresholds)
+    assert (base == 1).all()
+
+
+def constant(value: float, scale: float = 1.0) -> list[LoraFactors]:
+    """One expert whose delta is ``scale * value`` everywhere."""
+    return [LoraFactors(torch.full((1, IN), value), torch.ones(OUT, 1), scale)]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_linears_that_do_not_stay_finite_are_named(implementation, rounding, density) -> None:
+    spec = MergeSpec(density=density, rounding=rounding)
+    names = ("good", "q", "v")
+    weights = {name: torch.full((OUT, IN), 6e4, dtype=torch.float16) for name in names}
+    weights["v"] = weights["v"].double() * 1e303  # 6e307: the largest is 1.8e308
+    experts = {"good": constant(1e3), "q": constant(1e4), "v": constant(1e4)}
+    seen: list[str] = []
+    with pytest.raises(MergeOverflowError, match="1 of 3 linears did not stay finite: 'q'"):
+        merge_model_(weights, experts, spec, on_linear=lambda name, _: seen.append(name))
+    assert seen == list(names) and weights["good"].isfinite().all() and weights["q"].isinf().any()
+    with pytest.raises(MergeOverflowError, match="'q'"):
+        lora_merge_(torch.full((OUT, IN), 6e4).half(), constant(1e4), spec, layer="q")
+    # just below the largest, and elements that were not finite before
+    base = torch.full((OUT, IN), 6e4).half()
+    base[0, 0], base[1, 1] = math.inf, math.nan
+    report = lora_merge_(base, constant(5e3), MergeSpec(density=1.0, rounding=rounding))
+    assert int((~base.isfinite()).sum()) == 2 and report.update_energy.isfinite()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_deltas_beyond_their_dtype_are_named(implementation, density: float) -> None:
+    spec = MergeSpec(delta_dtype=torch.float16, density=density)
+    experts = {"good": constant(6e4), "q": constant(7e4)}
+    with pytest.raises(MergeOverflowError, match="1 of 2 linears did not stay finite: 'q'"):
+        model_conflicts(experts, spec)
+    with pytest.raises(MergeOverflowError, match="'q'"):
+        lora_merge_(torch.zeros(OUT, IN), experts["q"], spec, layer="q")
+    opposed = [LoraFactors(torch.full((2, IN), 3e38), torch.tensor([[3e38, -3e38]] * OUT))]
+    with pytest.raises(MergeOverflowError, match="'q'"):
+        lora_conflicts([*opposed, *constant(1e30, 1e30)], MergeSpec(density=density), layer="q")
+
+
+def test_counts_are_exact_whatever_the_tile() -> None:
+    """Float32 counts to 2^24: an odd number beyond it is lost in one block of all elements."""
+    out, width = (1 << 16) + 771, 256
+    a, b = torch.ones(1, width), torch.ones(out, 1)
+    a[0, 7] = 0.0
+    report = lora_conflicts([LoraFactors(a, b)], MergeSpec(density=1.0), tile=1 << 30)
+    assert int(report.kept) == out * (width - 1) > 1 << 24
+
+
+@pytest.mark.parametrize("tile", [0, -1])
+def test_a_tile_of_nothing_is_refused(implementation, tile: int) -> None:
+    base = torch.ones(OUT, IN)
+    for work in (
+        lambda: lora_merge_(base, factors(), MergeSpec(), tile=tile),
+        lambda: model_conflicts({"q": factors()}, MergeSpec(), tile=tile),
+    ):
+        with pytest.raises(ValueError, match=f"tile must be at least 1 element, got {tile}"):
+            work()
+    assert (base == 1).all()
+
+
+SAME = {
+    "one tensor": lambda w: (w[:OUT, :IN], w[:OUT, :IN]),
+    "a Parameter": lambda w: (w[:OUT, :IN], torch.nn.Parameter(w, requires_grad=False)[:OUT, :IN]),
+    "shifted by a row": lambda w: (w[:OUT, :IN], w[1 : OUT + 1, :IN]),
+    "shifted by a column": lambda w: (w[:OUT, 1 : IN + 1], w[:OUT, :IN]),
+    "a corner": lambda w: (w[:OUT, :IN], w[OUT - 1 :, IN - 1 :][:OUT, :IN]),
+    "other strides": lambda w: (w[:OUT, :IN], w.view(-1)[7 : 7 + OUT * IN].view(OUT, IN)),
+    "transposed": lambda w: (w.t()[:OUT, :IN], w.t()[1 : OUT + 1, 2 : IN + 2]),
+}
+PARTS = {
+    "rows": lambda w: (w[:OUT, :IN], w[OUT : 2 * OUT, :IN]),
+    "columns": lambda w: (w[:OUT, IN : 2 * IN], w[:OUT, :IN]),
+    "diagonal": lambda w: (w[OUT : 2 * OUT, :IN], w[:OUT, IN : 2 * IN]),
+    "every other": lambda w: (w[:OUT, 0 : 2 * IN : 2], w[:OUT, 1 : 2 * IN : 2]),
+    "transposed": lambda w: (w.t()[:OUT, IN : 2 * IN], w.t()[:OUT, :IN]),
+    "of a flat buffer": lambda w: (
+        w.view(-1)[: OUT * IN].view(OUT, IN),
+        w.view(-1)[OUT * IN : 2 * OUT * IN].view(OUT, IN),
+    ),
+}
+
+
+@pytest.mark.parametrize("views", SAME.values(), ids=SAME)
+def test_tied_weights_are_not_merged_twice(implementation, views) -> None:
+    store = torch.zeros(3 * IN, 3 * IN)
+    head, embed = views(store)
+    experts = {"head": factors(seed=1), "embed": factors(seed=2)}
+    with pytest.raises(ValueError, match="'(head|embed)' and '(head|embed)' share memory"):
+        merge_model_({"head": head, "embed": embed}, experts, MergeSpec())
+    assert not store.any()
+    untouched = experts | {"embed": [None] * 5}
+    merge_model_({"head": head, "embed": embed}, untouched, MergeSpec())
+    assert torch.equal(head, merged(experts["head"], MergeSpec()))
+
+
+@pytest.mark.parametrize("views", PARTS.values(), ids=PARTS)
+def test_parts_of_one_tensor_are_merged(implementation, views) -> None:
+    parts = dict(zip("qk", views(torch.zeros(3 * IN, 3 * IN)), strict=True))
+    experts = {"q": factors(seed=1), "k": factors(seed=2)}
+    merge_model_(parts, experts, MergeSpec())
+    for name, part in parts.items():
+        assert torch.equal(part, merged(experts[name], MergeSpec()))
+
+
+@pytest.fixture
+def bf16_default():
+    """torch's default dtype as a trainer may leave it."""
+    before = torch.get_default_dtype()
+    yield lambda: torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MergeSpec(weights=(1.0, 0.5, 2.0, 0.1, 1.0), election="weighted", divisor="weight"),
+        MergeSpec(method="dare_linear", density=0.5),
+        MergeSpec(rounding="stochastic", trim_scope="global"),
+    ],
+    ids=("ties", "dare", "global"),
+)
+def test_torchs_default_dtype_changes_nothing(implementation, bf16_default, spec) -> None:
+    experts = factors(missing=(1,))
+
+    def work():
+        base = torch.ones(OUT, IN, dtype=torch.float32)
+        return base, lora_merge_(base, experts, spec, layer="q").to_dict()
+
+    want, wanted = work()
+    bf16_default()
+    got, report = work()
+    assert torch.equal(got, want) and report == wanted
+
+
+def test_torchs_default_dtype_changes_no_core_space_merge(implementation, bf16_default) -> None:
+    experts = factors()
+    want, energy = lora_merge_as_lora(experts, MergeSpec(), rank=19)
+    bf16_default()
+    got, kept = lora_merge_as_lora(experts, MergeSpec(), rank=19)
+    assert torch.equal(got.A, want.A) and torch.equal(got.B, want.B) and kept == energy
 
 
 @pytest.mark.slow

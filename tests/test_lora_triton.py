@@ -5,12 +5,13 @@ Factors of small integers make every product exact, so that both implementations
 
 import dataclasses
 import importlib.util
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmedx_fast.kernels import _lora_thresholds, _lora_trim, _lora_triton
+from mmedx_fast.kernels import _dispatch, _lora_thresholds, _lora_trim, _lora_triton
 from mmedx_fast.kernels._lora_search import Search
 from mmedx_fast.kernels._lora_types import Linear
 from mmedx_fast.kernels.lora_merge import (
@@ -313,8 +314,26 @@ def test_a_search_recovers_from_any_first_interval(bins: int, lie) -> None:
 
 
 def test_too_many_experts_are_refused(triton_kernels) -> None:
-    with pytest.raises(ValueError, match="at most 16 experts, got 17"):
+    with pytest.raises(RuntimeError, match="=triton, but .*at most 16 experts, got 17"):
         lora_conflicts(integers((1,) * 17, 4, 4), MergeSpec())
+
+
+def test_too_many_experts_fall_to_torch(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(_dispatch, "_said", set())
+    experts = integers((1,) * 17, 4, 8)
+    monkeypatch.setenv(_dispatch.ENV, "torch")
+    want, wanted = merged(experts, MergeSpec())
+    monkeypatch.setenv(_dispatch.ENV, "auto")
+    usable = dataclasses.replace(_dispatch._triton_ops["lora_merge"], refuse=lambda device: None)
+    monkeypatch.setitem(_dispatch._triton_ops, "lora_merge", usable)
+    with caplog.at_level(logging.INFO, logger="mmedx_fast.kernels"):
+        for _ in range(2):
+            got, report = merged(experts, MergeSpec())
+            assert torch.equal(got, want)
+            assert_same_report(report, wanted)
+    assert [r.getMessage() for r in caplog.records] == [
+        "lora_merge runs in plain torch: at most 16 experts, got 17"
+    ]
 
 
 def test_sixteen_experts(monkeypatch) -> None:
@@ -322,6 +341,29 @@ def test_sixteen_experts(monkeypatch) -> None:
     (want, wanted), (got, report) = both(monkeypatch, lambda: merged(experts, MergeSpec()))
     assert torch.equal(got, want)
     assert_same_report(report, wanted)
+
+
+def test_all_ranks_of_a_model_in_one_launch(monkeypatch) -> None:
+    """Ranks are padded to the largest; a factor is read to its own."""
+    ranks = (1, 8, 20, 64, 128)
+    experts = {
+        "q": integers(ranks, seed=1),
+        "k": integers(ranks[::-1], 8, 40, seed=2, missing=(2,)),
+        "v": integers((8,) * 5, 66, 7, seed=3),
+        "o": integers((1, 8, 1, 8, 1), seed=4, missing=(0, 2)),
+    }
+
+    def work():
+        g = torch.Generator().manual_seed(0)
+        shapes = {n: next(f.shape for f in row if f is not None) for n, row in experts.items()}
+        weights = {n: torch.randn(s, generator=g).bfloat16().to(DEVICE) for n, s in shapes.items()}
+        return weights, merge_model_(weights, experts, MergeSpec(density=0.4))
+
+    (want, wanted), (got, report) = both(monkeypatch, work)
+    for name in experts:
+        assert torch.equal(got[name], want[name]), name
+        for key in ("threshold", "tied", "kept_fraction", "overlap", "conflicts"):
+            assert report["linears"][name][key] == wanted["linears"][name][key], (name, key)
 
 
 class NoKernel:
