@@ -615,6 +615,56 @@ def test_adapters_of_older_transformers_meet_newer_ones(tmp_path) -> None:
     assert_equal(load(tmp_path / "out", "vl").state_dict(), by_peft(base, adapter, "vl"))
 
 
+def _effect(base, adapter):
+    """Logits that PEFT gives with the adapter, and how many of its modules it loaded."""
+    model = peft.PeftModel.from_pretrained(load(base, "vl"), adapter)
+    loaded = [p for name, p in model.named_parameters() if "lora_B" in name and p.any()]
+    with torch.no_grad():
+        return model(IDS).logits, len(loaded)
+
+
+def test_an_adapter_of_older_and_newer_names_is_loaded_whole(tmp_path) -> None:
+    base = tiny_vl.save(tmp_path / "base")
+    new = make_adapter(base, tmp_path / "new", kind="vl", r=4, target_modules=["q_proj"])
+    targets = ["v_proj", "blocks.0.attn.qkv"]
+    later = make_adapter(base, tmp_path / "later", 1, kind="vl", r=4, target_modules=targets)
+    tensors = load_file(later / "adapter_model.safetensors")
+    older = {"model.language_model.": "model.", "model.visual.": "visual."}
+    for name, was in older.items():
+        tensors = {k.replace(f"base_model.model.{name}", f"base_model.model.{was}"): v
+                   for k, v in tensors.items()}  # fmt: skip
+    old = write_raw(tmp_path / "old", tensors, r=4, lora_alpha=8, target_modules=targets)
+    for given, count in (([old], 3), ([new, old], 5), ([old, new], 5)):
+        to = tmp_path / "-".join(x.name for x in given)
+        merge(given, to / "model", LINEAR, base=base)
+        merge(given, to / "lora", LINEAR, base=base, as_lora=True, energy=1.0)
+        got, loaded = _effect(base, to / "lora")
+        assert loaded == count
+        with torch.no_grad():
+            want = load(to / "model", "vl")(IDS).logits
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+        assert_equal(by_peft(base, to / "lora", "vl"), load(to / "model", "vl").state_dict(), 2e-6)
+    # nothing says which names are right without the base
+    eyes = {k: v for k, v in tensors.items() if ".visual." in k}
+    eyes = write_raw(tmp_path / "eyes", eyes, r=4, lora_alpha=8)
+    for other in (old, eyes):
+        with pytest.raises(AdapterError, match=r"language_model.*different versions.*--base DIR"):
+            merge([new, other], tmp_path / "lora", LINEAR, as_lora=True)
+    assert not (tmp_path / "lora").exists()
+    assert merge([old, eyes], tmp_path / "lora", LINEAR, as_lora=True)["form"] == "adapter"
+
+
+def test_two_names_that_are_one_module_of_the_base_are_refused(tmp_path) -> None:
+    base = tmp_path / "gpt2"
+    whole = make_adapter(base, tmp_path / "whole", **_gpt2(base))
+    tensors = load_file(whole / "adapter_model.safetensors")
+    inner = {k.replace(".transformer.", "."): v for k, v in tensors.items()}
+    config = json.loads((whole / "adapter_config.json").read_text())
+    bare = write_raw(tmp_path / "bare", inner, **config)
+    with pytest.raises(AdapterError, match=r"transformer\.h\.0.* are one module of the base"):
+        merge([whole, bare], tmp_path / "lora", LINEAR, base=base, as_lora=True)
+
+
 def test_the_commands(tmp_path, llama, three, capsys) -> None:
     folders = [str(x) for x in three]
     files = ["--json", str(tmp_path / "c.json"), "--png", str(tmp_path / "c.png")]
