@@ -147,6 +147,9 @@ def read_adapters(folders: Sequence[str | Path], any_base: bool = False) -> list
 def read_adapter(folder: str | Path, name: str = "") -> Adapter:
     """One adapter. Raises AdapterError naming file, field or key, and what to do."""
     folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file, not an adapter's folder" if folder.exists() else "no such folder"
+        raise AdapterError(f"{folder}: {what}")
     config = _read_json(folder / CONFIG_NAME)
     _check_config(folder / CONFIG_NAME, config)
     path = folder / WEIGHTS_NAME

@@ -699,6 +699,17 @@ def test_the_commands(tmp_path, llama, three, capsys) -> None:
     assert "not empty" in capsys.readouterr().err
     assert cli.main(["merge", "no-such.yaml"]) == 2  # a config, as before
     assert "no-such.yaml" in capsys.readouterr().err
+    for line in (
+        ["merge", "no-such", "other", "--base", "b", "--out", str(tmp_path / "o")],
+        ["merge", "no-such", f"--out={tmp_path / 'o'}"],
+        ["merge", "no-such", "--as-lora", "--out", str(tmp_path / "o")],
+        ["conflicts", "no-such", "other"],
+        ["conflicts", str(three[0]), "no-such"],
+    ):
+        assert cli.main(line) == 2
+        assert "no-such: no such folder" in capsys.readouterr().err
+    assert cli.main(["merge", "no-such.yaml", "seed=2", "caci.scale=1"]) == 2
+    assert "config 'no-such.yaml': not found" in capsys.readouterr().err
     assert cli.main(["conflicts", str(llama)]) == 2
     assert "adapter_config.json" in capsys.readouterr().err
 
