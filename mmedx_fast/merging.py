@@ -64,6 +64,7 @@ def conflicts(
     Raises AdapterError for an adapter that cannot be used, naming it and the remedy.
     """
     spec = spec or MergeSpec()
+    _check_density(spec)
     read = read_adapters(adapters, any_base)
     _check_stacked(read)
     spec.expert_weights(len(read))
@@ -123,6 +124,7 @@ def merge(
         ValueError: options that contradict each other.
     """
     spec = spec or MergeSpec()
+    _check_density(spec)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} exists and is not empty: name a new folder for the merge")
@@ -203,6 +205,12 @@ def plan_merge(adapters: Sequence[Adapter], base: str | Path) -> Plan:
                 f"{adapter.name} began as LoftQ's correction of a quantised base, which is part of what it adds"
             )
     return plan
+
+
+def _check_density(spec: MergeSpec) -> None:
+    """0 is right for the op, as it is for PEFT's, but it keeps nothing of any adapter."""
+    if spec.trims and spec.density == 0:
+        raise ValueError("density = 0 would keep nothing of the adapters: it must be above 0")
 
 
 def _unseen_copies(adapters: Sequence[Adapter]) -> list[str]:

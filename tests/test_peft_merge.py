@@ -579,6 +579,10 @@ def test_options_that_contradict(tmp_path, llama) -> None:
         merge([a], tmp_path / "out", base=llama, rank=4)
     with pytest.raises(ValueError, match="2 weights for 1 experts"):
         merge([a], tmp_path / "out", MergeSpec(weights=(1.0, 2.0)), base=llama)
+    with pytest.raises(ValueError, match="density = 0"):
+        merge([a], tmp_path / "out", MergeSpec(density=0.0), base=llama)
+    with pytest.raises(ValueError, match="density = 0"):
+        conflicts([a], MergeSpec(density=0.0))
     with pytest.raises(AdapterError, match="not empty"):
         merge([a], a, base=llama)
     with pytest.raises(AdapterError, match="no adapter given"):
