@@ -432,16 +432,16 @@ def test_refused_fields_are_all_of_pefts_variants() -> None:
     """A variant that a later PEFT adds is seen here; until then its field is refused as not known."""
     import dataclasses
 
+    from mmedx_fast.peft_adapters import _TYPES, _check_config
+
     variants = {
         f.name for f in dataclasses.fields(peft.LoraConfig) if f.metadata.get("is_lora_variant")
     }
     assert variants <= REFUSED.keys()
     for f in dataclasses.fields(peft.LoraConfig):
         raw = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, f.name: f.name not in REFUSED}
-        if f.name in ("r", "lora_alpha", "peft_type", "bias", "init_lora_weights"):
+        if f.name in ("r", "lora_alpha", "peft_type", "bias", "init_lora_weights", *_TYPES):
             continue
-        from mmedx_fast.peft_adapters import _check_config
-
         _check_config(Path("adapter_config.json"), raw)
 
 
@@ -454,10 +454,24 @@ def test_refused_fields_are_all_of_pefts_variants() -> None:
         ({"r": 3}, "has rank 2, but adapter_config.json says 3"),
         ({"rank_pattern": {"layers.0.self_attn.q_proj": 4}}, "says 4"),
         ({"lora_alpha": None}, "lora_alpha = None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan must be a number above 0"),
+        ({"r": 2.5}, "r = 2.5 must be a whole number"),
+        ({"r": True}, "r = True"),
+        ({"rank_pattern": {"[": 2}}, "rank_pattern: '[' is no regular expression"),
+        ({"rank_pattern": [1]}, "rank_pattern = [1] must be an object or null"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern['q_proj'] = 2.5"),
+        ({"rank_pattern": {"q_proj": None}}, "rank_pattern['q_proj'] = None"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj'] = 'x' must be a number"),
+        ({"alpha_pattern": "q_proj"}, "alpha_pattern = 'q_proj'"),
+        ({"use_rslora": "false"}, "use_rslora = 'false' must be true, false or null"),
+        ({"fan_in_fan_out": "false"}, "fan_in_fan_out = 'false'"),
+        ({"target_parameters": "experts.w"}, "target_parameters = 'experts.w' must be a list"),
+        ({"target_parameters": [1]}, "target_parameters must hold names"),
+        ({"task_type": ["CAUSAL_LM"]}, "task_type = ['CAUSAL_LM'] must be a text"),
     ],
 )
 def test_configurations_that_cannot_be_merged(tmp_path, change, words) -> None:
-    with pytest.raises(AdapterError) as caught:
+    with pytest.raises(AdapterError, match=r"adapter_config\.json") as caught:
         read_adapter(write_raw(tmp_path / "a", **change))
     assert words in str(caught.value) and str(tmp_path) in str(caught.value)
 
