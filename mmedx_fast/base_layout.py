@@ -95,6 +95,20 @@ class BaseLayout:
         return {self.key(name): part for name, part in self.module.named_modules() if name}
 
     @cached_property
+    def _module_names(self) -> dict[str, str]:
+        if self.module is None:
+            return {}
+        return {self.key(name): name for name, _ in self.module.named_modules() if name}
+
+    def module_name(self, name: str) -> str | None:
+        """A module's name in transformers' class, which PEFT looks for, whoever wrote `name`."""
+        inner = name
+        while inner.endswith(".base_layer"):
+            inner = inner.removesuffix(".base_layer")
+        found = self._module_names.get(self.key(inner))
+        return None if found is None else found + name[len(inner) :]
+
+    @cached_property
     def tied_names(self) -> dict[str, str]:
         """Weights that are another one's (the head the embedding's), with that one's name."""
         if self.module is None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mmedx_fast.ops import MergeSpec
 
 COMMANDS = ("conflicts", "merge")
+_OF_ADAPTERS = ("--base", "--out", "--as-lora")
 HINT = (
     "mmedx {command} ADAPTER_DIR [ADAPTER_DIR ...] does the same for any PEFT LoRA adapters, without a run: "
     "see mmedx {command} ADAPTER_DIR --help."
@@ -18,10 +19,17 @@ HINT = (
 
 
 def takes_adapters(arguments: Sequence[str]) -> bool:
-    """Whether a command line names a folder: an adapter, as a config is a file."""
+    """Whether a command line is of adapters: it names a folder, as a config is a file, or several things
+    (a config comes alone but for ``key=value``), or has an option that only adapters have."""
     if not arguments or arguments[0] not in COMMANDS:
         return False
-    return any(Path(item).is_dir() for item in arguments[1:] if not item.startswith("-"))
+    named = [item for item in arguments[1:] if not item.startswith("-")]
+    options = {item.partition("=")[0] for item in arguments[1:] if item.startswith("-")}
+    return (
+        any(Path(item).is_dir() for item in named)
+        or sum("=" not in item for item in named) > 1
+        or not options.isdisjoint(_OF_ADAPTERS)
+    )
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -64,6 +64,7 @@ def conflicts(
     Raises AdapterError for an adapter that cannot be used, naming it and the remedy.
     """
     spec = spec or MergeSpec()
+    _check_density(spec)
     read = read_adapters(adapters, any_base)
     _check_stacked(read)
     spec.expert_weights(len(read))
@@ -104,7 +105,8 @@ def merge(
         adapters: folders in PEFT's format; ranks, scales and targets may differ.
         out: must not exist, or be empty. It appears complete or not at all.
         base: folder of the base (or its name in the local hub cache). A model needs it; everything in it
-            but its weights is carried over. For an adapter it is only held against the adapters.
+            but its weights is carried over. For an adapter it is held against the adapters and says what
+            the modules are called; without one they keep the adapters' names, which must be of one form.
         rank: of the adapter, for all modules. Without it the smallest that keeps `energy` (0.99) of the
             merged change's squared norm, summed over all modules.
         space: core: the adapters' common low-rank space is merged, with no delta in memory. delta: every
@@ -122,6 +124,7 @@ def merge(
         ValueError: options that contradict each other.
     """
     spec = spec or MergeSpec()
+    _check_density(spec)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} exists and is not empty: name a new folder for the merge")
@@ -136,12 +139,15 @@ def merge(
         "notes": [],
     }
     if as_lora:
+        from mmedx_fast.adapter_names import named_rows
         from mmedx_fast.merging_lora import merge_to_adapter
 
         _check_stacked(read)
-        document["notes"] = plan_merge(read, base).notes if base else _unseen_copies(read)
+        plan = plan_merge(read, base) if base else None
+        document["notes"] = plan.notes if plan else _unseen_copies(read)
+        rows = named_rows(read, _rows(read), plan.layout if plan else None)
         with write_folder(out) as folder:
-            document |= merge_to_adapter(folder, read, _rows(read), spec, rank, energy, space)
+            document |= merge_to_adapter(folder, read, rows, spec, rank, energy, space)
             write_json(folder / REPORT_NAME, document)
         return document
     if base is None:
@@ -199,6 +205,12 @@ def plan_merge(adapters: Sequence[Adapter], base: str | Path) -> Plan:
                 f"{adapter.name} began as LoftQ's correction of a quantised base, which is part of what it adds"
             )
     return plan
+
+
+def _check_density(spec: MergeSpec) -> None:
+    """0 is right for the op, as it is for PEFT's, but it keeps nothing of any adapter."""
+    if spec.trims and spec.density == 0:
+        raise ValueError("density = 0 would keep nothing of the adapters: it must be above 0")
 
 
 def _unseen_copies(adapters: Sequence[Adapter]) -> list[str]:

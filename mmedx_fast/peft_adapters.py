@@ -68,6 +68,17 @@ _INERT = {
 }
 """Fields that are read here, or that a trained adapter's change does not depend on."""
 
+_WORDS: dict[type, str] = {bool: "true, false", dict: "an object", list: "a list", str: "a text"}
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("use_rslora", "fan_in_fan_out"), bool),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), dict),
+    **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), str),
+    "target_parameters": list,
+}
+"""What is read must be of its type: "false" would be true."""
+
+Patterns = list[tuple[re.Pattern[str], Any]]
+
 
 @dataclass(frozen=True)
 class LoraLayer:
@@ -147,6 +158,9 @@ def read_adapters(folders: Sequence[str | Path], any_base: bool = False) -> list
 def read_adapter(folder: str | Path, name: str = "") -> Adapter:
     """One adapter. Raises AdapterError naming file, field or key, and what to do."""
     folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file, not an adapter's folder" if folder.exists() else "no such folder"
+        raise AdapterError(f"{folder}: {what}")
     config = _read_json(folder / CONFIG_NAME)
     _check_config(folder / CONFIG_NAME, config)
     path = folder / WEIGHTS_NAME
@@ -196,14 +210,42 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
                 f"{path}: {key} = {value!r} is not known here, and may change what the adapter does; if it "
                 "has no part in the trained weights, remove the field"
             )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
-            raise AdapterError(f"{path}: {key} = {config.get(key)!r} must be a number above 0")
+    for key, kind in _TYPES.items():
+        if not isinstance(config.get(key), kind | None):
+            raise AdapterError(f"{path}: {key} = {config[key]!r} must be {_WORDS[kind]} or null")
+    if not all(isinstance(item, str) for item in config.get("target_parameters") or ()):
+        raise AdapterError(f"{path}: target_parameters must hold names of parameters alone")
+    _check_number(path, "r", config.get("r"), int)
+    _check_number(path, "lora_alpha", config.get("lora_alpha"), int | float)
+
+
+def _check_number(path: Path, field: str, value: Any, kind: Any) -> None:
+    """Above 0. Python takes true for 1, and json reads NaN."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+        what = "a whole number" if kind is int else "a number"
+        raise AdapterError(f"{path}: {field} = {value!r} must be {what} above 0")
+
+
+def _patterns(path: Path, config: dict[str, Any], field: str, kind: Any) -> Patterns:
+    """What a field says of the modules whose names' ends a regular expression matches: PEFT's rule."""
+    made = []
+    for key, value in (config.get(field) or {}).items():
+        _check_number(path, f"{field}[{key!r}]", value, kind)
+        try:
+            made.append((re.compile(rf"(.*\.)?({key})$"), value))
+        except re.error as error:
+            raise AdapterError(
+                f"{path}: {field}: {key!r} is no regular expression ({error})"
+            ) from None
+    return made
 
 
 def _read_layers(path: Path, config: dict[str, Any]) -> tuple[dict[str, LoraLayer], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
+    at_config = path.with_name(CONFIG_NAME)
+    ranks = _patterns(at_config, config, "rank_pattern", int)
+    alphas = _patterns(at_config, config, "alpha_pattern", int | float)
     pairs: dict[tuple[str, bool], dict[str, Tensor]] = {}
     copies: dict[str, str] = {}
     try:
@@ -224,7 +266,15 @@ def _read_layers(path: Path, config: dict[str, Any]) -> tuple[dict[str, LoraLaye
     layers = [
         layer
         for (module, embedding), pair in pairs.items()
-        for layer in _layers_of(path, module, embedding, pair, config)
+        for layer in _layers_of(
+            path,
+            module,
+            embedding,
+            pair,
+            config,
+            rank=_pattern(ranks, module, config["r"]),
+            alpha=_pattern(alphas, module, config["lora_alpha"]),
+        )
     ]
     made: dict[str, LoraLayer] = {}
     for layer in layers:
@@ -245,13 +295,17 @@ def _copied(path: Path, key: str) -> str:
 
 
 def _layers_of(
-    path: Path, module: str, embedding: bool, pair: dict[str, Tensor], config: dict[str, Any]
+    path: Path,
+    module: str,
+    embedding: bool,
+    pair: dict[str, Tensor],
+    config: dict[str, Any],
+    rank: int,
+    alpha: float,
 ) -> list[LoraLayer]:
     if set(pair) != {"A", "B"}:
         raise AdapterError(f"{path}: {module} has only its lora_{next(iter(pair))} factor")
     a, b = pair["A"], pair["B"]
-    rank = int(_pattern(config.get("rank_pattern"), module, config["r"]))
-    alpha = float(_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     found, kind = a.shape[0], "embedding" if embedding else "linear"
     kernel: tuple[int, ...] = ()
@@ -312,12 +366,9 @@ def _factors(path: Path, module: str, a: Tensor, b: Tensor, scale: float) -> Lor
         raise AdapterError(f"{path}: {module}: {error}") from None
 
 
-def _pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: a key is a regular expression for the end of a module's name; the first one counts."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def _pattern(patterns: Patterns, module: str, default: Any) -> Any:
+    """The first that matches counts."""
+    return next((value for key, value in patterns if key.match(module)), default)
 
 
 def _check_bases(adapters: Sequence[Adapter]) -> None:

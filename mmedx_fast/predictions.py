@@ -28,19 +28,21 @@ def prediction_files(path: Path | str) -> list[Path]:
 def read_predictions(path: Path | str) -> Iterator[dict[str, Any]]:
     """The rows under ``path`` (see :func:`prediction_files`), one at a time.
 
-    ValueError, naming file and line, for a line that is no JSON object or has no ``id`` or
-    ``correct``.
+    ValueError, naming file and line, for a line that is no JSON object, has no ``id``, no ``correct``
+    that is true or false (or 1 or 0), or a ``meta`` that is no object.
     """
     for file in prediction_files(path):
-        with file.open(encoding="utf-8") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _row(line, f"{file}, line {number}")
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}); copy the file again") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where}: not JSON ({error}); if the evaluation was cut short, start it again"
@@ -50,6 +52,10 @@ def _row(line: str, where: str) -> dict[str, Any]:
     for key in ("id", "correct"):
         if key not in row:
             raise ValueError(f"{where}: no key {key!r}; give predictions that `mmedx eval` wrote")
+    if not isinstance(row["correct"], int) or row["correct"] not in (0, 1):  # a bool is an int
+        raise ValueError(f"{where}: correct is {row['correct']!r}; it must be true or false")
+    if not isinstance(row.get("meta"), dict | None):
+        raise ValueError(f"{where}: meta is {row['meta']!r}; it must be an object or null")
     return row
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from mmedx_fast.cli import main
 from mmedx_fast.compare import compare, comparison_table
+from mmedx_fast.predictions import read_predictions
 from mmedx_fast.stats import holm, mcnemar_counts, paired_interval
 
 
@@ -119,12 +120,25 @@ def test_the_command_reads_files_and_folders(
         ('{"id": "x", "corr', "line 2: not JSON"),
         ("[1]", "line 2: a list, not an object"),
         ('{"id": "x"}', "line 2: no key 'correct'"),
+        ('{"id": "x", "correct": "false"}', "line 2: correct is 'false'"),
+        ('{"id": "x", "correct": null}', "line 2: correct is None"),
+        ('{"id": "x", "correct": 0.5}', "line 2: correct is 0.5"),
+        ('{"id": "x", "correct": 2}', "line 2: correct is 2"),
+        ('{"id": "x", "correct": true, "meta": "y"}', "line 2: meta is 'y'"),
+        ('{"id": "x\xff", "correct": true}', "line 2: not UTF-8"),
     ],
 )
 def test_a_bad_line_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
     path = write(tmp_path / "p.jsonl", rows(1, 0.5, 1))
-    path.write_text(path.read_text() + line + "\n")
+    path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n")
     assert main(["compare", str(path), str(path)]) == 2
     assert f"{path}, {message}" in capsys.readouterr().err
+
+
+def test_ones_and_zeros_are_right_and_wrong(tmp_path: Path) -> None:
+    made = rows(1, 0.5)
+    numbers = [{**row, "correct": int(row["correct"]), "meta": None} for row in made]
+    path = write(tmp_path / "p.jsonl", numbers)
+    assert compare(read_predictions(path), made)[0].difference.value == 0

@@ -23,7 +23,7 @@ from mmedx_fast.data import (
     medvlthinker,
     openmedreason,
 )
-from mmedx_fast.data.fields import letter_or_text, place_images, split_option_lines
+from mmedx_fast.data.fields import image_findings, letter_or_text, place_images, split_option_lines
 from mmedx_fast.data.images import read_encoded
 from mmedx_fast.data.loaders import LOADERS, LoadResult, detect_format, load_records
 from mmedx_fast.data.med_r1 import split_inline_options
@@ -473,6 +473,26 @@ def test_huggingface_options_in_every_spelling(tmp_path: Path) -> None:
     ]
     assert all(r.meta == {} for r in result.records)
     assert rejected(result) == {10: "answer is not among the options"}
+
+
+@pytest.mark.parametrize("name", ["findings", "finding"])
+def test_findings_are_texts_or_none(tmp_path: Path, name: str) -> None:
+    """They are first read by rewards and scores, hours after the data was loaded."""
+    touch(tmp_path / "images/a.png")
+    given = [None, "", "a mass", ["a mass", None, "free air"], [], 3, ["a mass", 3], {"a": "mass"}]
+    base: dict[str, Any] = {"images": ["images/a.png"], "question": "?", "answer": "b"}
+    expert = {**base, "options": {"A": "a", "B": "b"}, "answer_label": "B"}
+    folder = [{**base, name: x} for x in given]
+    experts = [{**expert, "id": str(i), "meta": {name: x}} for i, x in enumerate(given)]
+    want = [(), (), ("a mass",), ("a mass", "free air"), ()]
+    reason = f"{name} is not text or a list of texts"
+    for kind, some in (("huggingface", folder), ("mmedexpert", experts)):
+        file = tmp_path / f"{kind}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in some))
+        result = load(file, format=kind)
+        assert [image_findings(r.meta) for r in result.records] == want, kind
+        assert rejected(result) == {6: reason, 7: reason, 8: reason}, kind
+    assert image_findings({"findings": None, "finding": "a mass"}) == ("a mass",)
 
 
 def test_huggingface_saved_to_disk(tmp_path: Path) -> None:

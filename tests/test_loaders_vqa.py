@@ -373,6 +373,9 @@ def pubmed_row(
     return {**row, **changes}
 
 
+ANSWER = pubmed_row(1)["conversations"][1]
+
+
 def test_pubmedvision_rows(tmp_path: Path) -> None:
     touch(tmp_path / "images/a.jpg", 1)
     touch(tmp_path / "images/b.jpg", 2)
@@ -413,6 +416,10 @@ def test_pubmedvision_rows(tmp_path: Path) -> None:
         ({"conversations": [{"from": "human", "value": "q"}] * 2}, "turn is not from gpt"),
         ({"conversations": [{"from": "gpt", "value": "q"}] * 2}, "turn is not from human"),
         ({"conversations": pubmed_row(1)["conversations"] * 2}, "more than one question"),
+        (
+            {"conversations": [{"from": "human", "value": "<image>"}, ANSWER]},
+            "question has no text",
+        ),
         ({"image": []}, "row has no image"),
         ({"image": [None]}, "image is null"),
         ({"image": [3]}, "image is not a file name"),

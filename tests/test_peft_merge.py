@@ -432,16 +432,16 @@ def test_refused_fields_are_all_of_pefts_variants() -> None:
     """A variant that a later PEFT adds is seen here; until then its field is refused as not known."""
     import dataclasses
 
+    from mmedx_fast.peft_adapters import _TYPES, _check_config
+
     variants = {
         f.name for f in dataclasses.fields(peft.LoraConfig) if f.metadata.get("is_lora_variant")
     }
     assert variants <= REFUSED.keys()
     for f in dataclasses.fields(peft.LoraConfig):
         raw = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, f.name: f.name not in REFUSED}
-        if f.name in ("r", "lora_alpha", "peft_type", "bias", "init_lora_weights"):
+        if f.name in ("r", "lora_alpha", "peft_type", "bias", "init_lora_weights", *_TYPES):
             continue
-        from mmedx_fast.peft_adapters import _check_config
-
         _check_config(Path("adapter_config.json"), raw)
 
 
@@ -454,10 +454,24 @@ def test_refused_fields_are_all_of_pefts_variants() -> None:
         ({"r": 3}, "has rank 2, but adapter_config.json says 3"),
         ({"rank_pattern": {"layers.0.self_attn.q_proj": 4}}, "says 4"),
         ({"lora_alpha": None}, "lora_alpha = None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan must be a number above 0"),
+        ({"r": 2.5}, "r = 2.5 must be a whole number"),
+        ({"r": True}, "r = True"),
+        ({"rank_pattern": {"[": 2}}, "rank_pattern: '[' is no regular expression"),
+        ({"rank_pattern": [1]}, "rank_pattern = [1] must be an object or null"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern['q_proj'] = 2.5"),
+        ({"rank_pattern": {"q_proj": None}}, "rank_pattern['q_proj'] = None"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj'] = 'x' must be a number"),
+        ({"alpha_pattern": "q_proj"}, "alpha_pattern = 'q_proj'"),
+        ({"use_rslora": "false"}, "use_rslora = 'false' must be true, false or null"),
+        ({"fan_in_fan_out": "false"}, "fan_in_fan_out = 'false'"),
+        ({"target_parameters": "experts.w"}, "target_parameters = 'experts.w' must be a list"),
+        ({"target_parameters": [1]}, "target_parameters must hold names"),
+        ({"task_type": ["CAUSAL_LM"]}, "task_type = ['CAUSAL_LM'] must be a text"),
     ],
 )
 def test_configurations_that_cannot_be_merged(tmp_path, change, words) -> None:
-    with pytest.raises(AdapterError) as caught:
+    with pytest.raises(AdapterError, match=r"adapter_config\.json") as caught:
         read_adapter(write_raw(tmp_path / "a", **change))
     assert words in str(caught.value) and str(tmp_path) in str(caught.value)
 
@@ -579,6 +593,10 @@ def test_options_that_contradict(tmp_path, llama) -> None:
         merge([a], tmp_path / "out", base=llama, rank=4)
     with pytest.raises(ValueError, match="2 weights for 1 experts"):
         merge([a], tmp_path / "out", MergeSpec(weights=(1.0, 2.0)), base=llama)
+    with pytest.raises(ValueError, match="density = 0"):
+        merge([a], tmp_path / "out", MergeSpec(density=0.0), base=llama)
+    with pytest.raises(ValueError, match="density = 0"):
+        conflicts([a], MergeSpec(density=0.0))
     with pytest.raises(AdapterError, match="not empty"):
         merge([a], a, base=llama)
     with pytest.raises(AdapterError, match="no adapter given"):
@@ -615,6 +633,56 @@ def test_adapters_of_older_transformers_meet_newer_ones(tmp_path) -> None:
     assert_equal(load(tmp_path / "out", "vl").state_dict(), by_peft(base, adapter, "vl"))
 
 
+def _effect(base, adapter):
+    """Logits that PEFT gives with the adapter, and how many of its modules it loaded."""
+    model = peft.PeftModel.from_pretrained(load(base, "vl"), adapter)
+    loaded = [p for name, p in model.named_parameters() if "lora_B" in name and p.any()]
+    with torch.no_grad():
+        return model(IDS).logits, len(loaded)
+
+
+def test_an_adapter_of_older_and_newer_names_is_loaded_whole(tmp_path) -> None:
+    base = tiny_vl.save(tmp_path / "base")
+    new = make_adapter(base, tmp_path / "new", kind="vl", r=4, target_modules=["q_proj"])
+    targets = ["v_proj", "blocks.0.attn.qkv"]
+    later = make_adapter(base, tmp_path / "later", 1, kind="vl", r=4, target_modules=targets)
+    tensors = load_file(later / "adapter_model.safetensors")
+    older = {"model.language_model.": "model.", "model.visual.": "visual."}
+    for name, was in older.items():
+        tensors = {k.replace(f"base_model.model.{name}", f"base_model.model.{was}"): v
+                   for k, v in tensors.items()}  # fmt: skip
+    old = write_raw(tmp_path / "old", tensors, r=4, lora_alpha=8, target_modules=targets)
+    for given, count in (([old], 3), ([new, old], 5), ([old, new], 5)):
+        to = tmp_path / "-".join(x.name for x in given)
+        merge(given, to / "model", LINEAR, base=base)
+        merge(given, to / "lora", LINEAR, base=base, as_lora=True, energy=1.0)
+        got, loaded = _effect(base, to / "lora")
+        assert loaded == count
+        with torch.no_grad():
+            want = load(to / "model", "vl")(IDS).logits
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+        assert_equal(by_peft(base, to / "lora", "vl"), load(to / "model", "vl").state_dict(), 2e-6)
+    # nothing says which names are right without the base
+    eyes = {k: v for k, v in tensors.items() if ".visual." in k}
+    eyes = write_raw(tmp_path / "eyes", eyes, r=4, lora_alpha=8)
+    for other in (old, eyes):
+        with pytest.raises(AdapterError, match=r"language_model.*different versions.*--base DIR"):
+            merge([new, other], tmp_path / "lora", LINEAR, as_lora=True)
+    assert not (tmp_path / "lora").exists()
+    assert merge([old, eyes], tmp_path / "lora", LINEAR, as_lora=True)["form"] == "adapter"
+
+
+def test_two_names_that_are_one_module_of_the_base_are_refused(tmp_path) -> None:
+    base = tmp_path / "gpt2"
+    whole = make_adapter(base, tmp_path / "whole", **_gpt2(base))
+    tensors = load_file(whole / "adapter_model.safetensors")
+    inner = {k.replace(".transformer.", "."): v for k, v in tensors.items()}
+    config = json.loads((whole / "adapter_config.json").read_text())
+    bare = write_raw(tmp_path / "bare", inner, **config)
+    with pytest.raises(AdapterError, match=r"transformer\.h\.0.* are one module of the base"):
+        merge([whole, bare], tmp_path / "lora", LINEAR, base=base, as_lora=True)
+
+
 def test_the_commands(tmp_path, llama, three, capsys) -> None:
     folders = [str(x) for x in three]
     files = ["--json", str(tmp_path / "c.json"), "--png", str(tmp_path / "c.png")]
@@ -649,6 +717,17 @@ def test_the_commands(tmp_path, llama, three, capsys) -> None:
     assert "not empty" in capsys.readouterr().err
     assert cli.main(["merge", "no-such.yaml"]) == 2  # a config, as before
     assert "no-such.yaml" in capsys.readouterr().err
+    for line in (
+        ["merge", "no-such", "other", "--base", "b", "--out", str(tmp_path / "o")],
+        ["merge", "no-such", f"--out={tmp_path / 'o'}"],
+        ["merge", "no-such", "--as-lora", "--out", str(tmp_path / "o")],
+        ["conflicts", "no-such", "other"],
+        ["conflicts", str(three[0]), "no-such"],
+    ):
+        assert cli.main(line) == 2
+        assert "no-such: no such folder" in capsys.readouterr().err
+    assert cli.main(["merge", "no-such.yaml", "seed=2", "caci.scale=1"]) == 2
+    assert "config 'no-such.yaml': not found" in capsys.readouterr().err
     assert cli.main(["conflicts", str(llama)]) == 2
     assert "adapter_config.json" in capsys.readouterr().err
 

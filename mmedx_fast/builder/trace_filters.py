@@ -20,6 +20,7 @@ import re
 from typing import Any
 
 from mmedx_fast.builder.config import FilterConfig
+from mmedx_fast.data.fields import image_findings
 from mmedx_fast.data.mmedexpert import check_trace
 from mmedx_fast.data.records import Record
 from mmedx_fast.data.rows import RowError
@@ -78,7 +79,10 @@ def judge(
         question=record.question,
         options=record.options,
         answer=predicted,
-        findings=(*_row_findings(record), *(stated_findings(trace) if cfg.stated_findings else ())),
+        findings=(
+            *image_findings(record.meta),
+            *(stated_findings(trace) if cfg.stated_findings else ()),
+        ),
     )
     if found.score < cfg.min_adherence:
         failed = [
@@ -104,11 +108,6 @@ def stated_findings(trace: str) -> tuple[str, ...]:
         for phrase in _BETWEEN.split(shown["what"])
     ]
     return tuple(dict.fromkeys(p for p in phrases if 0 < len(p.split()) <= _MOST_WORDS))
-
-
-def _row_findings(record: Record) -> tuple[str, ...]:
-    found = record.meta.get("findings", record.meta.get("finding", ()))
-    return (found,) if isinstance(found, str) else tuple(map(str, found or ()))
 
 
 def _tags(text: str) -> dict[str, int]:

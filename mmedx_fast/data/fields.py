@@ -203,6 +203,19 @@ def place_images(text: str, count: int, field: str, *, needed: bool) -> str:
     )
 
 
+def image_findings(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a row says its images show (column ``findings`` or ``finding``: a text or a list of texts);
+    never in a prompt. Nulls and empty texts are none; raises ``RowError`` for anything else.
+    """
+    field = "finding" if _absent(meta.get("findings")) else "findings"
+    value = meta.get(field)
+    items: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+    found = [item for item in items if not _absent(item)]
+    if not all(isinstance(item, str) for item in found):
+        raise RowError(field, value, f"{field} is not text or a list of texts")
+    return tuple(found)
+
+
 def left_over(row: Row, used: Sequence[str] | frozenset[str]) -> dict[str, Any]:
     """The native columns a loader does not use otherwise, for ``Record.meta``."""
     return {key: value for key, value in row.items() if key not in used and not _is_image(value)}

@@ -33,6 +33,7 @@ from mmedx_fast.data import (
     vlmeval_tsv,
     vqa_rad,
 )
+from mmedx_fast.data.fields import image_findings
 from mmedx_fast.data.image_finder import ImageFinder
 from mmedx_fast.data.images import image_digest
 from mmedx_fast.data.records import Record
@@ -186,7 +187,9 @@ class RecordStream(Iterator[Record]):
         try:
             if isinstance(row, RowError):
                 raise row
-            return self._loader.parse(row, number, context)
+            record = self._loader.parse(row, number, context)
+            image_findings(record.meta)  # rewards and scores read them long after
+            return record
         except RowError as error:
             self._reject(rejected_row(file, number, row, error))
             return None

@@ -93,6 +93,9 @@ def parse(row: Row, number: int, context: RowContext) -> Record:
     )
 
 
+_FINDINGS = ("findings", "finding")
+
+
 class _Plain(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
     """The columns that a row of this format has, with the types that they mostly have."""
 
@@ -130,6 +133,7 @@ def plain(context: RowContext) -> PlainLine:
                 or not are_plain(options)
                 or (row.answer != answer and row.answer is not None)
                 or (dataset is not None and (not dataset or dataset.strip() != dataset))
+                or (row.meta and not row.meta.keys().isdisjoint(_FINDINGS))
             ):
                 return None
             reasoning: dict[str, str] = {}

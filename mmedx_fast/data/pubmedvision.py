@@ -33,12 +33,15 @@ def parse(row: Row, number: int, context: RowContext) -> Record:
     images = image_refs(row, context, "image")
     if not images:
         raise RowError("image", row.get("image"), "row has no image")
+    stem = place_images(question, len(images), "conversations", needed=False)
+    if not stem:
+        raise RowError("conversations", question, "question has no text")
     return Record(
         id=f"pubmedvision:{id_field(row)}",
         dataset="pubmedvision",
         split=context.split,
         images=images,
-        question=place_images(question, len(images), "conversations", needed=False),
+        question=stem,
         options=None,
         answer_label=None,
         answer=answer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mmedx_fast.data.fields import image_findings
 from mmedx_fast.data.records import Record
 from mmedx_fast.evaluation.votes import majority_vote
 from mmedx_fast.guidelines import adherence
@@ -128,12 +129,6 @@ def _followed(record: Record, rollout: Rollout, predicted: str | None) -> float 
 def gold_answer(record: Record) -> str:
     """What the scorers compare with: the label where there are options, else the text."""
     return record.answer_label if record.options and record.answer_label else record.answer
-
-
-def image_findings(meta: dict[str, Any]) -> tuple[str, ...]:
-    """What a row says its images show (column ``finding`` or ``findings``); never in a prompt."""
-    found = meta.get("findings", meta.get("finding", ()))
-    return (found,) if isinstance(found, str) else tuple(str(item) for item in found)
 
 
 def meta_columns(meta: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmedx_fast import ranks
-from mmedx_fast.evaluation.rows import image_findings
+from mmedx_fast.data.fields import image_findings
 from mmedx_fast.prompts import Question
 from mmedx_fast.rollout import Rollout, RolloutEngine
 
