@@ -111,12 +111,12 @@ def linear_logprob(
 def head_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight [V, H], bias [V] or None) of a language model's head, for the ops of this package.
 
-    A PEFT wrapper is looked through: a copy trained in full (``modules_to_save``) counts if it is active, a
-    LoRA adapter that is merged or disabled does not matter.
+    A PEFT wrapper is looked through: a copy trained in full (``modules_to_save``) counts if it is active, an
+    adapter of any kind that is merged or disabled does not matter.
 
     Raises:
-        ValueError: a LoRA adapter is active on the head, so that its weight alone is not what the model
-            computes; a ZeRO-3-partitioned weight; a module without a [V, H] weight.
+        ValueError: an adapter is active on the head (or merged and then disabled), so that its weight alone is
+            not what the model computes; a ZeRO-3-partitioned weight; a module without a [V, H] weight.
     """
     wrapper: Any = module
     on = not getattr(module, "disable_adapters", False)
@@ -128,18 +128,30 @@ def head_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             wrapper.modules_to_save[trained[0]] if trained else wrapper.original_module
         )
     if hasattr(module, "base_layer"):
-        loras = [name for name in active if name in getattr(module, "lora_A", ())]
-        if loras and not getattr(module, "merged", False):
-            raise ValueError(
-                f"{type(module).__name__} is a head with active LoRA adapters ({', '.join(loras)}), which "
-                "its weight does not contain: leave the head out of target_modules, or merge the adapters"
-            )
+        _check_adapters(module, active)
         return head_weight(wrapper.base_layer)
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if weight is None or (weight.dim() != 2 and getattr(weight, "ds_id", None) is None):
         raise ValueError(f"{type(module).__name__} has no [V, H] weight: it is not a linear head")
     lg.check_gathered(weight)
     return weight, bias
+
+
+def _check_adapters(layer: nn.Module, active: list[str]) -> None:
+    """Raise ValueError unless a PEFT layer computes what its base layer's weight alone would."""
+    kind, merged = type(layer).__name__, getattr(layer, "merged", False)
+    if merged and getattr(layer, "disable_adapters", False):
+        raise ValueError(
+            f"{kind} is a head whose adapters are disabled, but its weight still contains them: unmerge first"
+        )
+    # Only a LoRA layer is known to ignore adapters that it has no matrices of.
+    lora = getattr(layer, "lora_A", None)
+    found = active if lora is None else [name for name in active if name in lora]
+    if found and not merged:
+        raise ValueError(
+            f"{kind} is a head with active {'' if lora is None else 'LoRA '}adapters ({', '.join(found)}), which "
+            "its weight does not contain: leave the head out of target_modules, or merge the adapters"
+        )
 
 
 def _fits(hidden: Tensor, weight: Tensor, round_to: torch.dtype | None, limit: int | None) -> bool:

@@ -491,6 +491,54 @@ def test_head_weight_is_what_the_model_computes() -> None:
     torch.testing.assert_close(logits(), wrapped(x))
 
 
+TUNERS = {
+    "IA3": {"feedforward_modules": [], "init_ia3_weights": False},
+    "LoHa": {"r": 2, "init_weights": False},
+    "LoKr": {"r": 2, "init_weights": False},
+    "Vera": {"r": 2, "init_weights": False},
+    "OFT": {"oft_block_size": 2, "init_weights": False},
+    "BOFT": {"boft_block_size": 2, "init_weights": False},
+    "HRA": {"r": 2, "init_weights": False},
+    "TrainableTokens": {"token_indices": [1, 2], "init_weights": False},
+    "Lora": {"r": 2, "init_lora_weights": False},
+    "AdaLora": {"init_r": 2, "total_step": 10, "init_lora_weights": False},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_head_weight_under_any_tuner_is_what_the_model_computes_or_refused(tuner: str) -> None:
+    import peft
+
+    model, x = Model(), torch.randn(3, 4)
+    config = getattr(peft, f"{tuner}Config")(target_modules=["lm_head"], **TUNERS[tuner])
+    wrapped = peft.get_peft_model(model, config)
+
+    def logits() -> Tensor:
+        weight, bias = head_weight(model.lm_head)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    with pytest.raises(ValueError, match=r"active (LoRA )?adapters \(default\).*target_modules"):
+        logits()
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(logits(), wrapped(x))
+    wrapped.merge_adapter()
+    torch.testing.assert_close(logits(), wrapped(x))
+    with wrapped.disable_adapter(), pytest.raises(ValueError, match="unmerge"):
+        logits()
+
+
+def test_head_weight_ignores_a_lora_adapter_of_other_layers() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, config = Model(), LoraConfig(r=2, target_modules=["lm_head"])
+    model.body = torch.nn.Linear(4, 4)
+    wrapped = get_peft_model(model, config)
+    wrapped.add_adapter("other", LoraConfig(r=2, target_modules=["body"]))
+    wrapped.set_adapter("other")
+    assert head_weight(model.lm_head)[0] is model.lm_head.base_layer.weight
+
+
 def test_head_weight_of_a_head_trained_in_full() -> None:
     from peft import LoraConfig, get_peft_model
 
