@@ -251,9 +251,11 @@ def token_loss(logp: Tensor, entropy: Tensor, tokens: Tokens, spec: PolicyLossSp
     if tokens.ref is not None:
         kl, slope = _kl(logp, tokens.ref, spec.kl_estimator)
         if spec.use_bias_correction_kl:
-            through = through + spec.beta * kl * ratio
             kl, slope = kl * ratio, slope * ratio
-        value, direct = value + spec.beta * kl, direct + spec.beta * slope
+        if spec.beta != 0:  # only measured otherwise: 0 * inf is NaN
+            value, direct = value + spec.beta * kl, direct + spec.beta * slope
+            if spec.use_bias_correction_kl:
+                through = through + spec.beta * kl
         metrics["sum:kl"] = torch.where(live, kl, 0.0).sum()
     loss = (weight * value).sum()
     if length is None or sequences is None:

@@ -297,6 +297,34 @@ def test_masked_rows_may_hold_anything(spec: PolicyLossSpec) -> None:
 
 
 @both
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e4])  # k3 of the last overflows
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_a_reference_that_is_only_measured_changes_no_loss(loss_type: str, bad: float) -> None:
+    p = problem(torch.float32)
+    spec = PolicyLossSpec(loss_type=loss_type, beta=0.0)
+    ref = p.given["ref_logprob"].float()
+    ref[::4] = bad
+
+    def run(ref: torch.Tensor | None):
+        loss, metrics = linear_policy_loss(
+            p.hidden,
+            p.weight,
+            p.targets,
+            p.advantages,
+            token_weight=weights_of(p, spec).float(),
+            spec=spec,
+            sequence_id=p.sequence,
+            old_logprob=p.given["old_logprob"],
+            ref_logprob=ref,
+        )
+        return [loss, *torch.autograd.grad(loss, [p.hidden, p.weight])], metrics
+
+    (got, metrics), (want, _) = run(ref), run(None)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert metrics["sum:loss"].isfinite() and not metrics["sum:kl"].isfinite()
+
+
+@both
 def test_nothing_counted_is_a_differentiable_zero() -> None:
     p = problem(torch.float32)
     for rows in (slice(None), slice(0, 0)):
