@@ -71,6 +71,7 @@ class PolicyLossSpec:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not known: use {', '.join(known)}"
                 )
+        self._check_numbers()
         if not 0 <= self.epsilon < 1 or (self.epsilon_high is not None and self.epsilon_high < 0):
             raise ValueError(
                 "epsilon must lie in [0, 1) and epsilon_high be at least 0, "
@@ -84,6 +85,8 @@ class PolicyLossSpec:
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.beta < 0:
+            raise ValueError(f"beta must be at least 0, got {self.beta}")
         low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
         if low is not None and high is not None and low >= high:
             raise ValueError(
@@ -96,6 +99,16 @@ class PolicyLossSpec:
             and high is None
         ):
             raise ValueError("a truncate mode needs importance_sampling_clip_max or _clip_min")
+
+    def _check_numbers(self) -> None:
+        """NaN fails no comparison above or below, and then makes every loss NaN."""
+        finite = ("epsilon", "epsilon_high", "delta", "beta", "temperature", "entropy_coef")
+        bounds = ("importance_sampling_clip_max", "importance_sampling_clip_min")
+        for name in (*finite, *bounds):
+            x = getattr(self, name)
+            if x is None or math.isfinite(x) or (name in bounds and not math.isnan(x)):
+                continue
+            raise ValueError(f"{name} must be a finite number, got {x}")
 
     @property
     def high(self) -> float:

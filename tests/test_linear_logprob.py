@@ -443,6 +443,8 @@ def test_float64_asks_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"bias": torch.zeros(3)}, "bias"),
         ({"temperature": 0.0}, "temperature"),
         ({"softcap": -1.0}, "softcap"),
+        ({"softcap": torch.inf}, "softcap"),
+        ({"softcap": torch.nan}, "softcap"),
         ({"chunk": 0}, "chunk"),
         ({"logits_dtype": torch.int32}, "logits_dtype"),
     ],
