@@ -340,8 +340,10 @@ def merge_metrics(parts: Iterable[Metrics]) -> dict[str, float]:
     for part in parts:
         for key, value in part.items():
             x, how = float(value), key.partition(":")[0]
-            if key not in merged:
+            if key not in merged or math.isnan(x):
                 merged[key] = x
+            elif math.isnan(merged[key]):
+                continue  # min and max would drop it, or not, by its place
             elif how == "sum":
                 merged[key] += x
             else:

@@ -770,6 +770,13 @@ def test_token_weights_count_what_they_are_told() -> None:
         token_weights(ids, "dr_grpo")
 
 
+@pytest.mark.parametrize("how", ["sum", "min", "max"])
+@pytest.mark.parametrize("values", [[math.nan, 0.5], [0.5, math.nan], [0.5, math.nan, 0.1]])
+def test_merged_metrics_keep_a_nan_wherever_it_stands(how: str, values: list[float]) -> None:
+    key = f"{how}:ratio"
+    assert math.isnan(merge_metrics([{key: x} for x in values])[key])
+
+
 SHARDED = [SPECS[5], SPECS[8], SPECS[9]]
 
 
