@@ -199,15 +199,27 @@ def outcome(stats: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
     return logprob, total - stats[MOMENT] * (-total).exp() if entropy else None
 
 
-def merge_shards(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[5, N] of this shard (top, others, moment, target, owned) -> the same of the whole
-    vocabulary.
+def merge_shards(stats: Tensor, group: dist.ProcessGroup, start: int, vocab: int) -> Tensor:
+    """[5, N] of this shard (top, others, moment, target, owned), which is ids ``start`` to ``start + vocab``,
+    -> the same of the whole vocabulary.
 
-    One all-reduce: every rank puts its rows in its own slot of a zero buffer.
+    One all-reduce: every rank puts its rows, and where its shard lies, in its own slot of a zero buffer.
     """
-    slots = stats.new_zeros((dist.get_world_size(group), *stats.shape))
-    slots[dist.get_rank(group)] = stats
+    n = stats.shape[1]
+    slots = stats.new_zeros((dist.get_world_size(group), 5, n + 1))
+    mine = slots[dist.get_rank(group)]
+    mine[:, :n] = stats
+    mine[0, n], mine[1, n] = start, start + vocab  # exact in float32 up to 16 million ids
     dist.all_reduce(slots, group=group)
+    return combine_shards(slots[..., :n], slots[:, :2, n])
+
+
+def combine_shards(slots: Tensor, bounds: Tensor) -> Tensor:
+    """[5, N] from those of every rank [R, 5, N], whose shards are the ids ``bounds`` [R, 2].
+
+    The shards must be the whole vocabulary, each id once, and each target one of it: an error on a CPU,
+    elsewhere NaN.
+    """
     top, others, moment, target, owned = slots.unbind(1)
     mine = owned > 0
     whole_top = top.amax(0)
@@ -218,13 +230,27 @@ def merge_shards(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
     moment = ((moment + shift * total) * scale).sum(0)
     others = (others * scale).sum(0)
     target = torch.where(mine, target + shift, 0.0).sum(0)
-    found = mine.any(0)
-    if stats.device.type == "cpu" and not bool(found.all()):
+    found = mine.sum(0) == 1
+    in_order = bounds[bounds[:, 0].argsort()]
+    fit = (in_order[0, 0] == 0) & (in_order[1:, 0] == in_order[:-1, 1]).all()
+    if slots.device.type == "cpu":
+        _check_shards(bounds, bool(fit), found)
+    target = torch.where(found & fit, target, torch.nan)
+    return torch.stack([whole_top, others, moment, target, found.to(slots.dtype)])
+
+
+def _check_shards(bounds: Tensor, fit: bool, found: Tensor) -> None:
+    if not fit:
+        parts = ", ".join(f"{int(a)} to {int(b)}" for a, b in bounds.tolist())
+        raise ValueError(
+            f"the ranks' parts of the vocabulary overlap or leave a gap: they are the ids {parts}. "
+            "Give every rank its own vocab_start (the default, rank * V, is for shards of one size)"
+        )
+    if not bool(found.all()):
         row = int((~found).nonzero()[0])
         raise ValueError(
             f"targets[{row}] is in no rank's part of the vocabulary: check vocab_start"
         )
-    return torch.stack([whole_top, others, moment, target, found.to(stats.dtype)])
 
 
 def shard_start(vocab: int, group: dist.ProcessGroup | None, start: int | None) -> int:

@@ -67,7 +67,8 @@ def linear_logprob(
         group: vocabulary-parallel process group. ``hidden`` and ``targets`` are the same on every
             rank, ``weight``, ``bias`` are shards; targets and banned are global ids. One packed
             all-reduce in forward, one all-reduce of the gradient of ``hidden`` in backward.
-        vocab_start: global id of this shard's first row; None = rank * V.
+        vocab_start: global id of this shard's first row; None = rank * V, for shards of one size. The shards
+            must be the whole vocabulary, each id once.
         keep_bytes: where a gradient may follow, the raw logits (4 bytes each, 2 with a 16-bit
             ``logits_dtype``) are kept if they take at most this many bytes, and backward does without their
             GEMM: two passes for a frozen head instead of three. None = 1 GiB on CUDA, 8 MiB elsewhere. Without
@@ -79,8 +80,8 @@ def linear_logprob(
         gradient; weight's gradient is accumulated in float32.
 
     Raises:
-        ValueError: operands that do not fit, a target outside the vocabulary (checked on CPU
-            tensors only; elsewhere its log-prob is NaN), a ZeRO-3-partitioned weight.
+        ValueError: operands that do not fit, a target outside the vocabulary or shards that are not the
+            vocabulary (checked on CPU tensors only; elsewhere the log-prob is NaN), a ZeRO-3-partitioned weight.
         RuntimeError: ``MMEDX_KERNELS=triton`` with float64 operands or without a GPU.
     """
     lg.check_head(hidden, weight, targets, bias, temperature, softcap, chunk)
@@ -193,7 +194,7 @@ def _forward(
                 dz = tiles.dlogits(rows, stats, one, None)
                 lg.multiply_gradient(dz, weight.detach(), kept[rows])
         if group is not None:
-            stats = lg.merge_shards(stats, group_of(group))
+            stats = lg.merge_shards(stats, group_of(group), start, head.vocab)
         logprob, entropy = lg.outcome(stats, want_entropy)
     return logprob, hidden.new_empty(0) if entropy is None else entropy, stats, kept
 

@@ -206,7 +206,7 @@ def _forward(
             assert sequence_id is not None
             sequences, lengths = Sequences.of(sequence_id)
         tiles = tiles_for("linear_policy_loss", hidden, head, targets, chunk)
-        sweep = _Sweep(tiles, tokens, spec, grads, hidden, weight, group)
+        sweep = _Sweep(tiles, tokens, spec, grads, hidden, weight, group, start)
         sweep.run(sequences, lengths)
         if group is not None and grads.hidden is not None:
             dist.all_reduce(grads.hidden, group=group_of(group))
@@ -221,10 +221,10 @@ class _Sweep:
 
     def __init__(
         self, tiles: TileOps, tokens: Tokens, spec: PolicyLossSpec, grads: lg.Grads,
-        hidden: Tensor, weight: Tensor, group: str | None,
+        hidden: Tensor, weight: Tensor, group: str | None, start: int,
     ) -> None:  # fmt: skip
         self._tiles, self._tokens, self._spec, self._grads = tiles, tokens, spec, grads
-        self._operands, self._group = (hidden, weight), group
+        self._operands, self._group, self._start = (hidden, weight), group, start
         n, like = len(tokens.live), tokens.advantage
         self._stats = like.new_zeros(5, n)
         # log-prob, entropy, and the loss's derivative by each
@@ -253,8 +253,9 @@ class _Sweep:
         """dlogits of a tile (None if nothing wants a gradient), with the loss between statistics and gradient."""
         self._tiles.stats(rows, self._stats, True)
         if self._group is not None:
-            merged = lg.merge_shards(self._stats[:, rows], group_of(self._group))
-            self._stats[:, rows] = merged
+            self._stats[:, rows] = lg.merge_shards(
+                self._stats[:, rows], group_of(self._group), self._start, self._operands[1].shape[0]
+            )
         logprob, entropy = lg.outcome(self._stats[:, rows], True)
         assert entropy is not None
         self.logprob[rows], self.entropy[rows] = logprob, entropy
