@@ -63,7 +63,8 @@ def linear_logprob(
         return_entropy: False returns None instead; with a gradient of ``hidden`` alone that saves a GEMM pass.
         entropy_grad: False returns the entropy as a constant, to be logged or masked with; the same pass is saved.
         banned: ids that cannot occur (logit -inf), as when the engine forbids image tokens. A
-            banned target has log-probability -inf.
+            banned target has log-probability -inf; where every id is impossible, log-prob, entropy and gradient
+            are NaN.
         group: vocabulary-parallel process group. ``hidden`` and ``targets`` are the same on every
             rank, ``weight``, ``bias`` are shards; targets and banned are global ids. One packed
             all-reduce in forward, one all-reduce of the gradient of ``hidden`` in backward.

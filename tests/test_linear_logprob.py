@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmedx_fast.kernels import _logits
 from mmedx_fast.kernels.linear_logprob import head_weight, linear_logprob
+from mmedx_fast.kernels.policy_loss import PolicyLossSpec, linear_policy_loss
 
 both = pytest.mark.usefixtures("implementation")
 
@@ -191,6 +192,25 @@ def test_banned_target_has_no_probability() -> None:
     hidden, weight, targets, _ = problem(n=4)
     logprob, entropy = linear_logprob(hidden, weight, targets, banned=targets[:1])
     assert logprob[0] == -torch.inf and entropy.isfinite().all()
+
+
+@both
+@pytest.mark.parametrize("how", ["banned", "bias"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_row_without_a_possible_id_is_nan(how: str, softcap: float | None) -> None:
+    hidden, weight, targets, _ = problem(n=2, v=300)
+    weight = weight.detach()
+    options = {"banned": torch.arange(300)} if how == "banned" else {}
+    options |= {"bias": torch.full((300,), -torch.inf)} if how == "bias" else {}
+    out = linear_logprob(hidden, weight, targets, softcap=softcap, **options)
+    assert all(x.isnan().all() for x in (*out, *grads(out, [hidden])))
+    if how == "bias":  # a banned target is an error of its own there
+        one = torch.ones(2)
+        loss, _ = linear_policy_loss(
+            hidden, weight, targets, one, token_weight=one, spec=PolicyLossSpec(), softcap=softcap,
+            **options,
+        )  # fmt: skip
+        assert loss.isnan() and torch.autograd.grad(loss, hidden)[0].isnan().all()
 
 
 @both
