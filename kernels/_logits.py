@@ -329,6 +329,7 @@ def check_head(
     temperature: float,
     softcap: float | None,
     chunk: int | None,
+    banned: Tensor | None,
 ) -> None:
     """Raise ValueError for operands that do not fit together."""
     check_gathered(weight)
@@ -339,11 +340,16 @@ def check_head(
         )
     if not hidden.is_floating_point() or not weight.is_floating_point():
         raise ValueError(f"hidden and weight must be float, got {hidden.dtype} and {weight.dtype}")
-    if targets.shape != hidden.shape[:1] or targets.is_floating_point():
+    check_integers("targets", targets, f"[{hidden.shape[0]}] token ids")
+    if targets.shape != hidden.shape[:1]:
         raise ValueError(
-            f"targets must be an integer [{hidden.shape[0]}] tensor, "
-            f"got {targets.dtype} {tuple(targets.shape)}"
+            f"targets must be [{hidden.shape[0]}] token ids, got {tuple(targets.shape)}"
         )
+    if banned is not None:
+        hint = "[n] token ids; of a mask over the vocabulary pass mask.nonzero().squeeze(1)"
+        check_integers("banned", banned, hint)
+        if banned.dim() != 1:
+            raise ValueError(f"banned must be {hint}, got {tuple(banned.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
     if not temperature > 0 or not math.isfinite(temperature):
@@ -352,6 +358,12 @@ def check_head(
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, got {chunk}")
+
+
+def check_integers(name: str, x: Tensor, what: str) -> None:
+    """Raise ValueError unless ``x`` is of an integer dtype: a bool is a mask, and its 0 and 1 are no ids."""
+    if x.dtype == torch.bool or x.is_floating_point() or x.is_complex():
+        raise ValueError(f"{name} must be of an integer dtype: {what}; got {x.dtype}")
 
 
 def check_gathered(weight: Tensor) -> None:
@@ -382,7 +394,5 @@ def banned_columns(head: Head, device: torch.device) -> Tensor | None:
     banned = head.banned
     if banned is None or banned.numel() == 0:
         return None
-    if banned.dim() != 1 or banned.is_floating_point():
-        raise ValueError(f"banned must be [n] token ids, got {banned.dtype} {tuple(banned.shape)}")
     ids = banned.to(device=device, dtype=torch.long) - head.start
     return torch.where((ids >= 0) & (ids < head.vocab), ids, head.vocab)

@@ -85,7 +85,7 @@ def linear_logprob(
             vocabulary (checked on CPU tensors only; elsewhere the log-prob is NaN), a ZeRO-3-partitioned weight.
         RuntimeError: ``MMEDX_KERNELS=triton`` with float64 operands or without a GPU.
     """
-    lg.check_head(hidden, weight, targets, bias, temperature, softcap, chunk)
+    lg.check_head(hidden, weight, targets, bias, temperature, softcap, chunk, banned)
     if logits_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"logits_dtype={logits_dtype} is not a float dtype this op knows")
     round_to = logits_dtype if logits_dtype in (torch.bfloat16, torch.float16) else None

@@ -100,7 +100,7 @@ def linear_policy_loss(
             the vocabulary or banned (values are checked on CPU tensors only).
         RuntimeError: ``MMEDX_KERNELS=triton`` with float64 operands or without a GPU.
     """
-    lg.check_head(hidden, weight, targets, bias, spec.temperature, softcap, chunk)
+    lg.check_head(hidden, weight, targets, bias, spec.temperature, softcap, chunk, banned)
     per_token = {
         "advantages": advantages,
         "token_weight": token_weight,
@@ -113,6 +113,8 @@ def linear_policy_loss(
     for name, x in per_token.items():
         if x is not None and x.shape != targets.shape:
             raise ValueError(f"{name} must be [{len(targets)}], got {tuple(x.shape)}")
+    if sequence_id is not None:
+        lg.check_integers("sequence_id", sequence_id, _SEQUENCE_IDS)
     _check_given(spec, ref_logprob, rollout_logprob, sequence_id)
     operands = (hidden, weight, bias)
     grad = torch.is_grad_enabled()
@@ -129,6 +131,9 @@ def linear_policy_loss(
     if len(targets) == 0:
         names = ["sum:loss", "sum:tokens"]
     return loss, dict(zip(names, packed.unbind(), strict=True))
+
+
+_SEQUENCE_IDS = "one number per sequence, at each of its tokens"
 
 
 def _check_given(
@@ -395,6 +400,7 @@ def token_weights(
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r} is not known: use {', '.join(LOSS_TYPES)}")
+    lg.check_integers("sequence_id", sequence_id, _SEQUENCE_IDS)
     if mask is not None and mask.shape != sequence_id.shape:
         raise ValueError(f"mask must be {tuple(sequence_id.shape)}, got {tuple(mask.shape)}")
     counted = torch.ones_like(sequence_id, dtype=torch.bool) if mask is None else mask != 0

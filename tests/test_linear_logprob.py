@@ -458,7 +458,12 @@ def test_float64_asks_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"targets": torch.tensor([0, 1, 127])}, r"targets\[2\] = 127"),
         ({"targets": torch.tensor([0, -100, 1])}, r"targets\[1\] = -100"),
-        ({"targets": torch.tensor([0.0, 1.0, 2.0])}, "integer"),
+        ({"targets": torch.tensor([0.0, 1.0, 2.0])}, "targets.* integer.*token ids.*float32"),
+        ({"targets": torch.tensor([False, True, True])}, "targets.* integer.*bool"),
+        ({"targets": torch.tensor([0, 1])}, r"targets must be \[3\] token ids"),
+        ({"banned": torch.arange(127) > 120}, r"banned.* integer.*mask\.nonzero.*bool"),
+        ({"banned": torch.tensor([3.0])}, "banned.* integer.*float32"),
+        ({"banned": torch.tensor([[3]])}, r"banned must be \[n\]"),
         ({"weight": torch.zeros(127, 5)}, "hidden must be"),
         ({"bias": torch.zeros(3)}, "bias"),
         ({"temperature": 0.0}, "temperature"),

@@ -737,6 +737,10 @@ def test_bad_spec(options: dict) -> None:
             "adjacent",
         ),
         ({"targets": torch.full((21,), V)}, r"targets\[0\]"),
+        ({"targets": torch.ones(21, dtype=torch.bool)}, "targets.* integer.*bool"),
+        ({"banned": torch.zeros(V, dtype=torch.bool)}, "banned.* integer.*mask.nonzero"),
+        ({"sequence_id": torch.arange(21.0)}, "sequence_id.* integer.*per sequence.*float32"),
+        ({"sequence_id": torch.arange(21) > 3}, "sequence_id.* integer.*bool"),
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:
@@ -768,6 +772,8 @@ def test_token_weights_count_what_they_are_told() -> None:
     assert token_weights(ids, "dr_grpo", max_completion_length=8)[0] == 1 / 16
     with pytest.raises(ValueError, match="max_completion_length"):
         token_weights(ids, "dr_grpo")
+    with pytest.raises(ValueError, match="sequence_id.* integer"):
+        token_weights(ids.float(), "grpo")
 
 
 @pytest.mark.parametrize("how", ["sum", "min", "max"])
