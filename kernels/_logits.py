@@ -133,8 +133,10 @@ class Grads:
         self._empty = hidden.new_empty(0)
         contiguous = torch.contiguous_format
         self.hidden = torch.empty_like(hidden, memory_format=contiguous) if wanted[0] else None
-        self.weight = torch.zeros_like(weight, dtype=acc) if wanted[1] else None
-        self.bias = torch.zeros_like(bias, dtype=acc) if wanted[2] and bias is not None else None
+        self.weight = weight.new_zeros(weight.shape, dtype=acc) if wanted[1] else None
+        self.bias = (
+            bias.new_zeros(bias.shape, dtype=acc) if wanted[2] and bias is not None else None
+        )
 
     @property
     def any(self) -> bool:
