@@ -377,6 +377,16 @@ def check_gathered(weight: Tensor) -> None:
         )
 
 
+def check_kept(weight: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError for a weight that had another ``shape`` in forward."""
+    if weight.shape != shape:
+        raise ValueError(
+            f"the head's weight was {tuple(shape)} in forward and is {tuple(weight.shape)} in backward, which "
+            "needs it again: under ZeRO-3 keep GatheredParameters open until backward is done (or freeze the "
+            "head, keep no logits (keep_bytes=0) and want no gradient of the entropy: then the weight may go)"
+        )
+
+
 def check_targets(targets: Tensor, vocab: int) -> None:
     """Raise ValueError if a target lies outside 0..vocab-1. CPU only: on CUDA it would wait for the
     device."""

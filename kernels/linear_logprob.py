@@ -83,6 +83,7 @@ def linear_logprob(
     Raises:
         ValueError: operands that do not fit, a target outside the vocabulary or shards that are not the
             vocabulary (checked on CPU tensors only; elsewhere the log-prob is NaN), a ZeRO-3-partitioned weight.
+            In backward: a weight that has been freed since.
         RuntimeError: ``MMEDX_KERNELS=triton`` with float64 operands or without a GPU.
     """
     lg.check_head(hidden, weight, targets, bias, temperature, softcap, chunk, banned)
@@ -280,7 +281,7 @@ def _backward_shapes(d_logprob, d_entropy, hidden, weight, bias, *rest) -> tuple
 def _setup(ctx, inputs, output) -> None:
     hidden, weight, bias, targets, banned, *scalars = inputs
     logprob, entropy, stats, kept = output
-    ctx.scalars = scalars
+    ctx.scalars, ctx.weight_shape = scalars, weight.shape
     ctx.save_for_backward(hidden, weight, bias, targets, banned, stats, kept)
     ctx.mark_non_differentiable(stats, kept, *(() if scalars[4] else (entropy,)))
     ctx.set_materialize_grads(True)
@@ -293,6 +294,8 @@ def _backward_through(backward: Callable[..., Any]) -> Callable[..., Any]:
         hidden, weight, bias, targets, banned, stats, kept = ctx.saved_tensors
         temperature, softcap, round_to, chunk, want_entropy, saved, group, start = ctx.scalars
         wanted = list(ctx.needs_input_grad[:3])
+        if saved != "gradient":
+            lg.check_kept(weight, ctx.weight_shape)
         found = backward(
             d_logprob, d_entropy if want_entropy else None, hidden, weight, bias, targets, banned,
             stats, kept, temperature, softcap, round_to, chunk, saved, group, start, wanted,

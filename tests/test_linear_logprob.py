@@ -488,6 +488,29 @@ def test_partitioned_weight_is_refused() -> None:
         linear_logprob(torch.zeros(2, 3), weight, torch.tensor([0, 1]))
 
 
+@both
+@pytest.mark.parametrize("keep_bytes", [0, None], ids=["recompute", "keep"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_a_weight_freed_before_backward_is_named(keep_bytes: int | None, frozen: bool) -> None:
+    hidden, weight, targets, _ = problem()
+    weight = weight.detach().requires_grad_(not frozen)
+    logprob, _ = linear_logprob(hidden, weight, targets, keep_bytes=keep_bytes)
+    weight.data = torch.empty(0)  # as ZeRO-3 does
+    with pytest.raises(ValueError, match="keep GatheredParameters open until backward"):
+        logprob.sum().backward()
+
+
+@both
+def test_a_frozen_weight_may_go_where_forward_made_the_gradient() -> None:
+    hidden, weight, targets, _ = problem()
+    weight = weight.detach()
+    options = {"keep_bytes": 0, "return_entropy": False}
+    want = torch.autograd.grad(linear_logprob(hidden, weight, targets, **options)[0].sum(), hidden)
+    logprob, _ = linear_logprob(hidden, weight, targets, **options)
+    weight.data = torch.empty(0)
+    assert torch.equal(torch.autograd.grad(logprob.sum(), hidden)[0], want[0])
+
+
 class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
