@@ -133,8 +133,10 @@ class Grads:
         self._empty = hidden.new_empty(0)
         contiguous = torch.contiguous_format
         self.hidden = torch.empty_like(hidden, memory_format=contiguous) if wanted[0] else None
-        self.weight = torch.zeros_like(weight, dtype=acc) if wanted[1] else None
-        self.bias = torch.zeros_like(bias, dtype=acc) if wanted[2] and bias is not None else None
+        self.weight = weight.new_zeros(weight.shape, dtype=acc) if wanted[1] else None
+        self.bias = (
+            bias.new_zeros(bias.shape, dtype=acc) if wanted[2] and bias is not None else None
+        )
 
     @property
     def any(self) -> bool:
@@ -199,15 +201,27 @@ def outcome(stats: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
     return logprob, total - stats[MOMENT] * (-total).exp() if entropy else None
 
 
-def merge_shards(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[5, N] of this shard (top, others, moment, target, owned) -> the same of the whole
-    vocabulary.
+def merge_shards(stats: Tensor, group: dist.ProcessGroup, start: int, vocab: int) -> Tensor:
+    """[5, N] of this shard (top, others, moment, target, owned), which is ids ``start`` to ``start + vocab``,
+    -> the same of the whole vocabulary.
 
-    One all-reduce: every rank puts its rows in its own slot of a zero buffer.
+    One all-reduce: every rank puts its rows, and where its shard lies, in its own slot of a zero buffer.
     """
-    slots = stats.new_zeros((dist.get_world_size(group), *stats.shape))
-    slots[dist.get_rank(group)] = stats
+    n = stats.shape[1]
+    slots = stats.new_zeros((dist.get_world_size(group), 5, n + 1))
+    mine = slots[dist.get_rank(group)]
+    mine[:, :n] = stats
+    mine[0, n], mine[1, n] = start, start + vocab  # exact in float32 up to 16 million ids
     dist.all_reduce(slots, group=group)
+    return combine_shards(slots[..., :n], slots[:, :2, n])
+
+
+def combine_shards(slots: Tensor, bounds: Tensor) -> Tensor:
+    """[5, N] from those of every rank [R, 5, N], whose shards are the ids ``bounds`` [R, 2].
+
+    The shards must be the whole vocabulary, each id once, and each target one of it: an error on a CPU,
+    elsewhere NaN.
+    """
     top, others, moment, target, owned = slots.unbind(1)
     mine = owned > 0
     whole_top = top.amax(0)
@@ -218,13 +232,27 @@ def merge_shards(stats: Tensor, group: dist.ProcessGroup) -> Tensor:
     moment = ((moment + shift * total) * scale).sum(0)
     others = (others * scale).sum(0)
     target = torch.where(mine, target + shift, 0.0).sum(0)
-    found = mine.any(0)
-    if stats.device.type == "cpu" and not bool(found.all()):
+    found = mine.sum(0) == 1
+    in_order = bounds[bounds[:, 0].argsort()]
+    fit = (in_order[0, 0] == 0) & (in_order[1:, 0] == in_order[:-1, 1]).all()
+    if slots.device.type == "cpu":
+        _check_shards(bounds, bool(fit), found)
+    target = torch.where(found & fit, target, torch.nan)
+    return torch.stack([whole_top, others, moment, target, found.to(slots.dtype)])
+
+
+def _check_shards(bounds: Tensor, fit: bool, found: Tensor) -> None:
+    if not fit:
+        parts = ", ".join(f"{int(a)} to {int(b)}" for a, b in bounds.tolist())
+        raise ValueError(
+            f"the ranks' parts of the vocabulary overlap or leave a gap: they are the ids {parts}. "
+            "Give every rank its own vocab_start (the default, rank * V, is for shards of one size)"
+        )
+    if not bool(found.all()):
         row = int((~found).nonzero()[0])
         raise ValueError(
             f"targets[{row}] is in no rank's part of the vocabulary: check vocab_start"
         )
-    return torch.stack([whole_top, others, moment, target, found.to(stats.dtype)])
 
 
 def shard_start(vocab: int, group: dist.ProcessGroup | None, start: int | None) -> int:
@@ -303,6 +331,7 @@ def check_head(
     temperature: float,
     softcap: float | None,
     chunk: int | None,
+    banned: Tensor | None,
 ) -> None:
     """Raise ValueError for operands that do not fit together."""
     check_gathered(weight)
@@ -313,19 +342,30 @@ def check_head(
         )
     if not hidden.is_floating_point() or not weight.is_floating_point():
         raise ValueError(f"hidden and weight must be float, got {hidden.dtype} and {weight.dtype}")
-    if targets.shape != hidden.shape[:1] or targets.is_floating_point():
+    check_integers("targets", targets, f"[{hidden.shape[0]}] token ids")
+    if targets.shape != hidden.shape[:1]:
         raise ValueError(
-            f"targets must be an integer [{hidden.shape[0]}] tensor, "
-            f"got {targets.dtype} {tuple(targets.shape)}"
+            f"targets must be [{hidden.shape[0]}] token ids, got {tuple(targets.shape)}"
         )
+    if banned is not None:
+        hint = "[n] token ids; of a mask over the vocabulary pass mask.nonzero().squeeze(1)"
+        check_integers("banned", banned, hint)
+        if banned.dim() != 1:
+            raise ValueError(f"banned must be {hint}, got {tuple(banned.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
     if not temperature > 0 or not math.isfinite(temperature):
         raise ValueError(f"temperature must be a positive number, got {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, got {chunk}")
+
+
+def check_integers(name: str, x: Tensor, what: str) -> None:
+    """Raise ValueError unless ``x`` is of an integer dtype: a bool is a mask, and its 0 and 1 are no ids."""
+    if x.dtype == torch.bool or x.is_floating_point() or x.is_complex():
+        raise ValueError(f"{name} must be of an integer dtype: {what}; got {x.dtype}")
 
 
 def check_gathered(weight: Tensor) -> None:
@@ -334,6 +374,16 @@ def check_gathered(weight: Tensor) -> None:
         raise ValueError(
             "the head's weight is partitioned by ZeRO-3 (it has no elements on this rank): "
             "call the op inside deepspeed.zero.GatheredParameters([weight])"
+        )
+
+
+def check_kept(weight: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError for a weight that had another ``shape`` in forward."""
+    if weight.shape != shape:
+        raise ValueError(
+            f"the head's weight was {tuple(shape)} in forward and is {tuple(weight.shape)} in backward, which "
+            "needs it again: under ZeRO-3 keep GatheredParameters open until backward is done (or freeze the "
+            "head, keep no logits (keep_bytes=0) and want no gradient of the entropy: then the weight may go)"
         )
 
 
@@ -356,7 +406,5 @@ def banned_columns(head: Head, device: torch.device) -> Tensor | None:
     banned = head.banned
     if banned is None or banned.numel() == 0:
         return None
-    if banned.dim() != 1 or banned.is_floating_point():
-        raise ValueError(f"banned must be [n] token ids, got {banned.dtype} {tuple(banned.shape)}")
     ids = banned.to(device=device, dtype=torch.long) - head.start
     return torch.where((ids >= 0) & (ids < head.vocab), ids, head.vocab)

@@ -46,7 +46,7 @@ class TorchTiles(Tiles):
     def stats(self, rows: slice, stats: Tensor, moment: bool) -> None:
         """Fill these columns of ``stats`` [5, N]; row MOMENT only if asked for."""
         z = self._final(rows)
-        top = z.amax(1)
+        top = z.amax(1).clamp_(min=FLOOR)  # of a shard without a possible id -inf: NaN, subtracted
         z.sub_(top[:, None])
         at, inside = self._column[rows][:, None], self._inside[rows]
         target = torch.where(inside, z.gather(1, at).squeeze(1), torch.nan)

@@ -108,6 +108,9 @@ def _row_stats(
     shift = top - highest
     weight = tl.exp(shift)
     others = tl.sum(total * weight, 0)
+    others = tl.where(
+        highest <= LOWEST, 0.0, others
+    )  # nothing is possible: no exp(0) for each FLOOR
     if MOMENT:
         first = tl.sum((moment + shift * total) * weight, 0)
         own = tl.exp(target) * tl.where(target < LOWEST, LOWEST, target)
@@ -128,7 +131,8 @@ def _row_gradient(
     At the target 1 - p is others / total: all its digits, however near p is to 1.
     """
     at = tl.exp(target)
-    inverse = 1 / (others + at)
+    total = others + at
+    inverse = tl.where(total > 0, 1 / total, float("nan"))  # 0: nothing is possible
     mean = moment * inverse
     at_target = tl.where(target == float("-inf"), 0.0, g * others * inverse)
     if ENTROPY:

@@ -71,6 +71,7 @@ class PolicyLossSpec:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not known: use {', '.join(known)}"
                 )
+        self._check_numbers()
         if not 0 <= self.epsilon < 1 or (self.epsilon_high is not None and self.epsilon_high < 0):
             raise ValueError(
                 "epsilon must lie in [0, 1) and epsilon_high be at least 0, "
@@ -84,6 +85,8 @@ class PolicyLossSpec:
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.beta < 0:
+            raise ValueError(f"beta must be at least 0, got {self.beta}")
         low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
         if low is not None and high is not None and low >= high:
             raise ValueError(
@@ -96,6 +99,16 @@ class PolicyLossSpec:
             and high is None
         ):
             raise ValueError("a truncate mode needs importance_sampling_clip_max or _clip_min")
+
+    def _check_numbers(self) -> None:
+        """NaN fails no comparison above or below, and then makes every loss NaN."""
+        finite = ("epsilon", "epsilon_high", "delta", "beta", "temperature", "entropy_coef")
+        bounds = ("importance_sampling_clip_max", "importance_sampling_clip_min")
+        for name in (*finite, *bounds):
+            x = getattr(self, name)
+            if x is None or math.isfinite(x) or (name in bounds and not math.isnan(x)):
+                continue
+            raise ValueError(f"{name} must be a finite number, got {x}")
 
     @property
     def high(self) -> float:
@@ -251,9 +264,11 @@ def token_loss(logp: Tensor, entropy: Tensor, tokens: Tokens, spec: PolicyLossSp
     if tokens.ref is not None:
         kl, slope = _kl(logp, tokens.ref, spec.kl_estimator)
         if spec.use_bias_correction_kl:
-            through = through + spec.beta * kl * ratio
             kl, slope = kl * ratio, slope * ratio
-        value, direct = value + spec.beta * kl, direct + spec.beta * slope
+        if spec.beta != 0:  # only measured otherwise: 0 * inf is NaN
+            value, direct = value + spec.beta * kl, direct + spec.beta * slope
+            if spec.use_bias_correction_kl:
+                through = through + spec.beta * kl
         metrics["sum:kl"] = torch.where(live, kl, 0.0).sum()
     loss = (weight * value).sum()
     if length is None or sequences is None:
@@ -325,8 +340,10 @@ def merge_metrics(parts: Iterable[Metrics]) -> dict[str, float]:
     for part in parts:
         for key, value in part.items():
             x, how = float(value), key.partition(":")[0]
-            if key not in merged:
+            if key not in merged or math.isnan(x):
                 merged[key] = x
+            elif math.isnan(merged[key]):
+                continue  # min and max would drop it, or not, by its place
             elif how == "sum":
                 merged[key] += x
             else:

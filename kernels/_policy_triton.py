@@ -114,7 +114,7 @@ def _row_policy_kernel(
             z, bias, column, owned, vocab, scale, softcap, True, BLOCK
         )
         at = tl.exp(target)
-        total = _log1p(others + (at - 1))
+        total = tl.where(others + at > 0, _log1p(others + (at - 1)), float("nan"))
         logp = target - total
         before = logp
         if old is not None:

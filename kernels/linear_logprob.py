@@ -63,11 +63,13 @@ def linear_logprob(
         return_entropy: False returns None instead; with a gradient of ``hidden`` alone that saves a GEMM pass.
         entropy_grad: False returns the entropy as a constant, to be logged or masked with; the same pass is saved.
         banned: ids that cannot occur (logit -inf), as when the engine forbids image tokens. A
-            banned target has log-probability -inf.
+            banned target has log-probability -inf; where every id is impossible, log-prob, entropy and gradient
+            are NaN.
         group: vocabulary-parallel process group. ``hidden`` and ``targets`` are the same on every
             rank, ``weight``, ``bias`` are shards; targets and banned are global ids. One packed
             all-reduce in forward, one all-reduce of the gradient of ``hidden`` in backward.
-        vocab_start: global id of this shard's first row; None = rank * V.
+        vocab_start: global id of this shard's first row; None = rank * V, for shards of one size. The shards
+            must be the whole vocabulary, each id once.
         keep_bytes: where a gradient may follow, the raw logits (4 bytes each, 2 with a 16-bit
             ``logits_dtype``) are kept if they take at most this many bytes, and backward does without their
             GEMM: two passes for a frozen head instead of three. None = 1 GiB on CUDA, 8 MiB elsewhere. Without
@@ -79,11 +81,12 @@ def linear_logprob(
         gradient; weight's gradient is accumulated in float32.
 
     Raises:
-        ValueError: operands that do not fit, a target outside the vocabulary (checked on CPU
-            tensors only; elsewhere its log-prob is NaN), a ZeRO-3-partitioned weight.
+        ValueError: operands that do not fit, a target outside the vocabulary or shards that are not the
+            vocabulary (checked on CPU tensors only; elsewhere the log-prob is NaN), a ZeRO-3-partitioned weight.
+            In backward: a weight that has been freed since.
         RuntimeError: ``MMEDX_KERNELS=triton`` with float64 operands or without a GPU.
     """
-    lg.check_head(hidden, weight, targets, bias, temperature, softcap, chunk)
+    lg.check_head(hidden, weight, targets, bias, temperature, softcap, chunk, banned)
     if logits_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"logits_dtype={logits_dtype} is not a float dtype this op knows")
     round_to = logits_dtype if logits_dtype in (torch.bfloat16, torch.float16) else None
@@ -111,12 +114,12 @@ def linear_logprob(
 def head_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight [V, H], bias [V] or None) of a language model's head, for the ops of this package.
 
-    A PEFT wrapper is looked through: a copy trained in full (``modules_to_save``) counts if it is active, a
-    LoRA adapter that is merged or disabled does not matter.
+    A PEFT wrapper is looked through: a copy trained in full (``modules_to_save``) counts if it is active, an
+    adapter of any kind that is merged or disabled does not matter.
 
     Raises:
-        ValueError: a LoRA adapter is active on the head, so that its weight alone is not what the model
-            computes; a ZeRO-3-partitioned weight; a module without a [V, H] weight.
+        ValueError: an adapter is active on the head (or merged and then disabled), so that its weight alone is
+            not what the model computes; a ZeRO-3-partitioned weight; a module without a [V, H] weight.
     """
     wrapper: Any = module
     on = not getattr(module, "disable_adapters", False)
@@ -128,18 +131,30 @@ def head_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             wrapper.modules_to_save[trained[0]] if trained else wrapper.original_module
         )
     if hasattr(module, "base_layer"):
-        loras = [name for name in active if name in getattr(module, "lora_A", ())]
-        if loras and not getattr(module, "merged", False):
-            raise ValueError(
-                f"{type(module).__name__} is a head with active LoRA adapters ({', '.join(loras)}), which "
-                "its weight does not contain: leave the head out of target_modules, or merge the adapters"
-            )
+        _check_adapters(module, active)
         return head_weight(wrapper.base_layer)
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if weight is None or (weight.dim() != 2 and getattr(weight, "ds_id", None) is None):
         raise ValueError(f"{type(module).__name__} has no [V, H] weight: it is not a linear head")
     lg.check_gathered(weight)
     return weight, bias
+
+
+def _check_adapters(layer: nn.Module, active: list[str]) -> None:
+    """Raise ValueError unless a PEFT layer computes what its base layer's weight alone would."""
+    kind, merged = type(layer).__name__, getattr(layer, "merged", False)
+    if merged and getattr(layer, "disable_adapters", False):
+        raise ValueError(
+            f"{kind} is a head whose adapters are disabled, but its weight still contains them: unmerge first"
+        )
+    # Only a LoRA layer is known to ignore adapters that it has no matrices of.
+    lora = getattr(layer, "lora_A", None)
+    found = active if lora is None else [name for name in active if name in lora]
+    if found and not merged:
+        raise ValueError(
+            f"{kind} is a head with active {'' if lora is None else 'LoRA '}adapters ({', '.join(found)}), which "
+            "its weight does not contain: leave the head out of target_modules, or merge the adapters"
+        )
 
 
 def _fits(hidden: Tensor, weight: Tensor, round_to: torch.dtype | None, limit: int | None) -> bool:
@@ -181,7 +196,7 @@ def _forward(
                 dz = tiles.dlogits(rows, stats, one, None)
                 lg.multiply_gradient(dz, weight.detach(), kept[rows])
         if group is not None:
-            stats = lg.merge_shards(stats, group_of(group))
+            stats = lg.merge_shards(stats, group_of(group), start, head.vocab)
         logprob, entropy = lg.outcome(stats, want_entropy)
     return logprob, hidden.new_empty(0) if entropy is None else entropy, stats, kept
 
@@ -266,7 +281,7 @@ def _backward_shapes(d_logprob, d_entropy, hidden, weight, bias, *rest) -> tuple
 def _setup(ctx, inputs, output) -> None:
     hidden, weight, bias, targets, banned, *scalars = inputs
     logprob, entropy, stats, kept = output
-    ctx.scalars = scalars
+    ctx.scalars, ctx.weight_shape = scalars, weight.shape
     ctx.save_for_backward(hidden, weight, bias, targets, banned, stats, kept)
     ctx.mark_non_differentiable(stats, kept, *(() if scalars[4] else (entropy,)))
     ctx.set_materialize_grads(True)
@@ -279,6 +294,8 @@ def _backward_through(backward: Callable[..., Any]) -> Callable[..., Any]:
         hidden, weight, bias, targets, banned, stats, kept = ctx.saved_tensors
         temperature, softcap, round_to, chunk, want_entropy, saved, group, start = ctx.scalars
         wanted = list(ctx.needs_input_grad[:3])
+        if saved != "gradient":
+            lg.check_kept(weight, ctx.weight_shape)
         found = backward(
             d_logprob, d_entropy if want_entropy else None, hidden, weight, bias, targets, banned,
             stats, kept, temperature, softcap, round_to, chunk, saved, group, start, wanted,

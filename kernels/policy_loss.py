@@ -100,7 +100,7 @@ def linear_policy_loss(
             the vocabulary or banned (values are checked on CPU tensors only).
         RuntimeError: ``MMEDX_KERNELS=triton`` with float64 operands or without a GPU.
     """
-    lg.check_head(hidden, weight, targets, bias, spec.temperature, softcap, chunk)
+    lg.check_head(hidden, weight, targets, bias, spec.temperature, softcap, chunk, banned)
     per_token = {
         "advantages": advantages,
         "token_weight": token_weight,
@@ -113,6 +113,8 @@ def linear_policy_loss(
     for name, x in per_token.items():
         if x is not None and x.shape != targets.shape:
             raise ValueError(f"{name} must be [{len(targets)}], got {tuple(x.shape)}")
+    if sequence_id is not None:
+        lg.check_integers("sequence_id", sequence_id, _SEQUENCE_IDS)
     _check_given(spec, ref_logprob, rollout_logprob, sequence_id)
     operands = (hidden, weight, bias)
     grad = torch.is_grad_enabled()
@@ -129,6 +131,9 @@ def linear_policy_loss(
     if len(targets) == 0:
         names = ["sum:loss", "sum:tokens"]
     return loss, dict(zip(names, packed.unbind(), strict=True))
+
+
+_SEQUENCE_IDS = "one number per sequence, at each of its tokens"
 
 
 def _check_given(
@@ -206,7 +211,7 @@ def _forward(
             assert sequence_id is not None
             sequences, lengths = Sequences.of(sequence_id)
         tiles = tiles_for("linear_policy_loss", hidden, head, targets, chunk)
-        sweep = _Sweep(tiles, tokens, spec, grads, hidden, weight, group)
+        sweep = _Sweep(tiles, tokens, spec, grads, hidden, weight, group, start)
         sweep.run(sequences, lengths)
         if group is not None and grads.hidden is not None:
             dist.all_reduce(grads.hidden, group=group_of(group))
@@ -221,10 +226,10 @@ class _Sweep:
 
     def __init__(
         self, tiles: TileOps, tokens: Tokens, spec: PolicyLossSpec, grads: lg.Grads,
-        hidden: Tensor, weight: Tensor, group: str | None,
+        hidden: Tensor, weight: Tensor, group: str | None, start: int,
     ) -> None:  # fmt: skip
         self._tiles, self._tokens, self._spec, self._grads = tiles, tokens, spec, grads
-        self._operands, self._group = (hidden, weight), group
+        self._operands, self._group, self._start = (hidden, weight), group, start
         n, like = len(tokens.live), tokens.advantage
         self._stats = like.new_zeros(5, n)
         # log-prob, entropy, and the loss's derivative by each
@@ -253,8 +258,9 @@ class _Sweep:
         """dlogits of a tile (None if nothing wants a gradient), with the loss between statistics and gradient."""
         self._tiles.stats(rows, self._stats, True)
         if self._group is not None:
-            merged = lg.merge_shards(self._stats[:, rows], group_of(self._group))
-            self._stats[:, rows] = merged
+            self._stats[:, rows] = lg.merge_shards(
+                self._stats[:, rows], group_of(self._group), self._start, self._operands[1].shape[0]
+            )
         logprob, entropy = lg.outcome(self._stats[:, rows], True)
         assert entropy is not None
         self.logprob[rows], self.entropy[rows] = logprob, entropy
@@ -394,6 +400,7 @@ def token_weights(
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r} is not known: use {', '.join(LOSS_TYPES)}")
+    lg.check_integers("sequence_id", sequence_id, _SEQUENCE_IDS)
     if mask is not None and mask.shape != sequence_id.shape:
         raise ValueError(f"mask must be {tuple(sequence_id.shape)}, got {tuple(mask.shape)}")
     counted = torch.ones_like(sequence_id, dtype=torch.bool) if mask is None else mask != 0

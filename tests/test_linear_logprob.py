@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmedx_fast.kernels import _logits
 from mmedx_fast.kernels.linear_logprob import head_weight, linear_logprob
+from mmedx_fast.kernels.policy_loss import PolicyLossSpec, linear_policy_loss
 
 both = pytest.mark.usefixtures("implementation")
 
@@ -191,6 +192,25 @@ def test_banned_target_has_no_probability() -> None:
     hidden, weight, targets, _ = problem(n=4)
     logprob, entropy = linear_logprob(hidden, weight, targets, banned=targets[:1])
     assert logprob[0] == -torch.inf and entropy.isfinite().all()
+
+
+@both
+@pytest.mark.parametrize("how", ["banned", "bias"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_row_without_a_possible_id_is_nan(how: str, softcap: float | None) -> None:
+    hidden, weight, targets, _ = problem(n=2, v=300)
+    weight = weight.detach()
+    options = {"banned": torch.arange(300)} if how == "banned" else {}
+    options |= {"bias": torch.full((300,), -torch.inf)} if how == "bias" else {}
+    out = linear_logprob(hidden, weight, targets, softcap=softcap, **options)
+    assert all(x.isnan().all() for x in (*out, *grads(out, [hidden])))
+    if how == "bias":  # a banned target is an error of its own there
+        one = torch.ones(2)
+        loss, _ = linear_policy_loss(
+            hidden, weight, targets, one, token_weight=one, spec=PolicyLossSpec(), softcap=softcap,
+            **options,
+        )  # fmt: skip
+        assert loss.isnan() and torch.autograd.grad(loss, hidden)[0].isnan().all()
 
 
 @both
@@ -438,11 +458,18 @@ def test_float64_asks_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"targets": torch.tensor([0, 1, 127])}, r"targets\[2\] = 127"),
         ({"targets": torch.tensor([0, -100, 1])}, r"targets\[1\] = -100"),
-        ({"targets": torch.tensor([0.0, 1.0, 2.0])}, "integer"),
+        ({"targets": torch.tensor([0.0, 1.0, 2.0])}, "targets.* integer.*token ids.*float32"),
+        ({"targets": torch.tensor([False, True, True])}, "targets.* integer.*bool"),
+        ({"targets": torch.tensor([0, 1])}, r"targets must be \[3\] token ids"),
+        ({"banned": torch.arange(127) > 120}, r"banned.* integer.*mask\.nonzero.*bool"),
+        ({"banned": torch.tensor([3.0])}, "banned.* integer.*float32"),
+        ({"banned": torch.tensor([[3]])}, r"banned must be \[n\]"),
         ({"weight": torch.zeros(127, 5)}, "hidden must be"),
         ({"bias": torch.zeros(3)}, "bias"),
         ({"temperature": 0.0}, "temperature"),
         ({"softcap": -1.0}, "softcap"),
+        ({"softcap": torch.inf}, "softcap"),
+        ({"softcap": torch.nan}, "softcap"),
         ({"chunk": 0}, "chunk"),
         ({"logits_dtype": torch.int32}, "logits_dtype"),
     ],
@@ -459,6 +486,29 @@ def test_partitioned_weight_is_refused() -> None:
     weight.ds_id = 7  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="GatheredParameters"):
         linear_logprob(torch.zeros(2, 3), weight, torch.tensor([0, 1]))
+
+
+@both
+@pytest.mark.parametrize("keep_bytes", [0, None], ids=["recompute", "keep"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_a_weight_freed_before_backward_is_named(keep_bytes: int | None, frozen: bool) -> None:
+    hidden, weight, targets, _ = problem()
+    weight = weight.detach().requires_grad_(not frozen)
+    logprob, _ = linear_logprob(hidden, weight, targets, keep_bytes=keep_bytes)
+    weight.data = torch.empty(0)  # as ZeRO-3 does
+    with pytest.raises(ValueError, match="keep GatheredParameters open until backward"):
+        logprob.sum().backward()
+
+
+@both
+def test_a_frozen_weight_may_go_where_forward_made_the_gradient() -> None:
+    hidden, weight, targets, _ = problem()
+    weight = weight.detach()
+    options = {"keep_bytes": 0, "return_entropy": False}
+    want = torch.autograd.grad(linear_logprob(hidden, weight, targets, **options)[0].sum(), hidden)
+    logprob, _ = linear_logprob(hidden, weight, targets, **options)
+    weight.data = torch.empty(0)
+    assert torch.equal(torch.autograd.grad(logprob.sum(), hidden)[0], want[0])
 
 
 class Model(torch.nn.Module):
@@ -489,6 +539,54 @@ def test_head_weight_is_what_the_model_computes() -> None:
         torch.testing.assert_close(logits(), wrapped(x))
     wrapped.merge_adapter()
     torch.testing.assert_close(logits(), wrapped(x))
+
+
+TUNERS = {
+    "IA3": {"feedforward_modules": [], "init_ia3_weights": False},
+    "LoHa": {"r": 2, "init_weights": False},
+    "LoKr": {"r": 2, "init_weights": False},
+    "Vera": {"r": 2, "init_weights": False},
+    "OFT": {"oft_block_size": 2, "init_weights": False},
+    "BOFT": {"boft_block_size": 2, "init_weights": False},
+    "HRA": {"r": 2, "init_weights": False},
+    "TrainableTokens": {"token_indices": [1, 2], "init_weights": False},
+    "Lora": {"r": 2, "init_lora_weights": False},
+    "AdaLora": {"init_r": 2, "total_step": 10, "init_lora_weights": False},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_head_weight_under_any_tuner_is_what_the_model_computes_or_refused(tuner: str) -> None:
+    import peft
+
+    model, x = Model(), torch.randn(3, 4)
+    config = getattr(peft, f"{tuner}Config")(target_modules=["lm_head"], **TUNERS[tuner])
+    wrapped = peft.get_peft_model(model, config)
+
+    def logits() -> Tensor:
+        weight, bias = head_weight(model.lm_head)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    with pytest.raises(ValueError, match=r"active (LoRA )?adapters \(default\).*target_modules"):
+        logits()
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(logits(), wrapped(x))
+    wrapped.merge_adapter()
+    torch.testing.assert_close(logits(), wrapped(x))
+    with wrapped.disable_adapter(), pytest.raises(ValueError, match="unmerge"):
+        logits()
+
+
+def test_head_weight_ignores_a_lora_adapter_of_other_layers() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, config = Model(), LoraConfig(r=2, target_modules=["lm_head"])
+    model.body = torch.nn.Linear(4, 4)
+    wrapped = get_peft_model(model, config)
+    wrapped.add_adapter("other", LoraConfig(r=2, target_modules=["body"]))
+    wrapped.set_adapter("other")
+    assert head_weight(model.lm_head)[0] is model.lm_head.base_layer.weight
 
 
 def test_head_weight_of_a_head_trained_in_full() -> None:

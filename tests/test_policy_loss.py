@@ -297,6 +297,34 @@ def test_masked_rows_may_hold_anything(spec: PolicyLossSpec) -> None:
 
 
 @both
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e4])  # k3 of the last overflows
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_a_reference_that_is_only_measured_changes_no_loss(loss_type: str, bad: float) -> None:
+    p = problem(torch.float32)
+    spec = PolicyLossSpec(loss_type=loss_type, beta=0.0)
+    ref = p.given["ref_logprob"].float()
+    ref[::4] = bad
+
+    def run(ref: torch.Tensor | None):
+        loss, metrics = linear_policy_loss(
+            p.hidden,
+            p.weight,
+            p.targets,
+            p.advantages,
+            token_weight=weights_of(p, spec).float(),
+            spec=spec,
+            sequence_id=p.sequence,
+            old_logprob=p.given["old_logprob"],
+            ref_logprob=ref,
+        )
+        return [loss, *torch.autograd.grad(loss, [p.hidden, p.weight])], metrics
+
+    (got, metrics), (want, _) = run(ref), run(None)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert metrics["sum:loss"].isfinite() and not metrics["sum:kl"].isfinite()
+
+
+@both
 def test_nothing_counted_is_a_differentiable_zero() -> None:
     p = problem(torch.float32)
     for rows in (slice(None), slice(0, 0)):
@@ -673,6 +701,20 @@ def test_equals_trl_own_code(spec: PolicyLossSpec, exact) -> None:
         {"delta": 0.5},
         {"epsilon": 1.5},
         {"temperature": 0.0},
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"epsilon": math.nan},
+        {"epsilon_high": math.nan},
+        {"epsilon_high": math.inf},
+        {"delta": math.nan},
+        {"delta": math.inf},
+        {"beta": -1.0},
+        {"beta": math.nan},
+        {"beta": math.inf},
+        {"entropy_coef": math.nan},
+        {"entropy_coef": -math.inf},
+        {"importance_sampling_clip_max": math.nan},
+        {"importance_sampling_clip_min": math.nan},
         {"importance_sampling_clip_min": 4.0},
         {"importance_sampling_correction": "token_truncate", "importance_sampling_clip_max": None},
     ],
@@ -695,6 +737,10 @@ def test_bad_spec(options: dict) -> None:
             "adjacent",
         ),
         ({"targets": torch.full((21,), V)}, r"targets\[0\]"),
+        ({"targets": torch.ones(21, dtype=torch.bool)}, "targets.* integer.*bool"),
+        ({"banned": torch.zeros(V, dtype=torch.bool)}, "banned.* integer.*mask.nonzero"),
+        ({"sequence_id": torch.arange(21.0)}, "sequence_id.* integer.*per sequence.*float32"),
+        ({"sequence_id": torch.arange(21) > 3}, "sequence_id.* integer.*bool"),
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:
@@ -726,6 +772,15 @@ def test_token_weights_count_what_they_are_told() -> None:
     assert token_weights(ids, "dr_grpo", max_completion_length=8)[0] == 1 / 16
     with pytest.raises(ValueError, match="max_completion_length"):
         token_weights(ids, "dr_grpo")
+    with pytest.raises(ValueError, match="sequence_id.* integer"):
+        token_weights(ids.float(), "grpo")
+
+
+@pytest.mark.parametrize("how", ["sum", "min", "max"])
+@pytest.mark.parametrize("values", [[math.nan, 0.5], [0.5, math.nan], [0.5, math.nan, 0.1]])
+def test_merged_metrics_keep_a_nan_wherever_it_stands(how: str, values: list[float]) -> None:
+    key = f"{how}:ratio"
+    assert math.isnan(merge_metrics([{key: x} for x in values])[key])
 
 
 SHARDED = [SPECS[5], SPECS[8], SPECS[9]]
