@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmedx_fast.atomic import DiskFullError, clean
 from mmedx_fast.config import CaciConfig, LoraConfig
 from mmedx_fast.policy_adapter import AdapterError, write_adapter
 from mmedx_fast.stages.adapters import base_notes, by_linear, load_factors, write_mean_adapter
@@ -30,7 +31,9 @@ class Base(nn.Module):
         return self.second(self.first(x))
 
 
-def make_adapter(folder: Path, seed: int, fingerprint: str = "f0", **options: object) -> nn.Module:
+def make_adapter(
+    folder: Path, seed: int, fingerprint: str = "f0", durable: bool = True, **options: object
+) -> nn.Module:
     """A PEFT adapter with random factors, on disk; returns the PEFT model for comparison."""
     import peft
 
@@ -42,7 +45,7 @@ def make_adapter(folder: Path, seed: int, fingerprint: str = "f0", **options: ob
         if "lora_" in name:
             nn.init.normal_(param)
             tensors[name.replace(".default", "")] = param.detach().clone()
-    write_adapter(folder, tensors, config, "some/base", fingerprint)
+    write_adapter(folder, tensors, config, "some/base", fingerprint, durable=durable)
     return model
 
 
@@ -90,6 +93,85 @@ def test_adapters_of_two_bases_are_refused_by_name(tmp_path: Path) -> None:
     make_adapter(tmp_path / "b", 2, "f1")
     with pytest.raises(AdapterError, match=r"b .*f1.*a on .*f0"):
         base_notes({"a": tmp_path / "a", "b": tmp_path / "b"})
+
+
+def test_a_full_disk_leaves_the_adapter_before_and_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    make_adapter(tmp_path / "adapter", 1)
+    before = load_factors(tmp_path / "adapter")["first"].delta()
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(DiskFullError, match=r"adapter \(736 bytes\).*free some space"):
+        make_adapter(tmp_path / "adapter", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert torch.equal(load_factors(tmp_path / "adapter")["first"].delta(), before)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("renamed", [False, True], ids=["before", "after"])
+def test_a_kill_between_the_renames_leaves_one_whole_adapter(
+    tmp_path: Path, nth: int, renamed: bool
+) -> None:
+    make_adapter(tmp_path / "adapter", 1)
+    before = load_factors(tmp_path / "adapter")["first"].delta()
+    pid = os.fork()
+    if pid == 0:
+        real, calls = os.rename, iter(range(1, 9))
+
+        def dying(*args: str) -> None:
+            last = next(calls) == nth
+            if not last or renamed:
+                real(*args)
+            if last:
+                os._exit(9)
+
+        setattr(os, "rename", dying)  # noqa: B010
+        try:
+            make_adapter(tmp_path / "adapter", 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    clean(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    found = load_factors(tmp_path / "adapter")["first"].delta()
+    assert torch.equal(found, before) == ((nth, renamed) != (2, True))
+
+
+def test_weights_are_on_the_disk_before_the_adapter_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(fd: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append(f"-> {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    make_adapter(tmp_path / "adapter", 1)
+    assert done.index("adapter_model.safetensors") < done.index("-> adapter")
+    assert done[-1] == tmp_path.name
+    done.clear()
+    make_adapter(tmp_path / "quick", 1, durable=False)
+    assert done == ["-> quick"]
+
+
+def test_a_folder_that_was_replaced_in_one_being_filled_goes_with_it(tmp_path: Path) -> None:
+    (tmp_path / ".mmedx-old.12-ab..mmedx-tmp.12-cd.start").mkdir()
+    clean(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_linear_only_one_adapter_touches(tmp_path: Path) -> None:

@@ -278,12 +278,13 @@ class _Trainer:
                 self._sync_folder(engine, step)
 
     def _sync_folder(self, engine: RolloutEngine, step: int) -> None:
-        """Through a folder that the engine reads; the one before is deleted."""
+        """Through a folder that the engine reads; the one before is deleted. A start writes it anew, so
+        that no step waits for a disk to have it."""
         folder = self.stage.dir / "sync" / f"step-{step:06d}"
         if self.full:
-            self.policy.save_model(folder, self.gba.max_shard_size)
+            self.policy.save_model(folder, self.gba.max_shard_size, durable=False)
         else:
-            self.policy.save_adapter(folder)
+            self.policy.save_adapter(folder, durable=False)
         ranks.barrier()
         engine.wake()
         if self.full:
