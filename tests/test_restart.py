@@ -296,6 +296,7 @@ def test_rows_that_do_not_fit_are_cut_for_the_rest_of_the_run(
     assert len(after) > 2 and max(after) <= memory.tokens < longest
     saved = load_latest(tmp_path / "run" / "gba")
     assert saved is not None and max(after) <= saved[2]["extra"]["row_tokens"] < longest
+    assert saved[2]["extra"]["data"]["count"] > 0
     memory.shrinks_at = 0
     del memory.lengths[:]
     found = train()

@@ -6,16 +6,20 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from mmedx_fast.atomic import DiskFullError, clean
-from mmedx_fast.config import CaciConfig, LoraConfig
+from mmedx_fast.checkpoint import rng_state, save_checkpoint
+from mmedx_fast.config import CaciConfig, ConfigError, LoraConfig
 from mmedx_fast.policy_adapter import AdapterError, write_adapter
+from mmedx_fast.run_folder import Stage
 from mmedx_fast.stages.adapters import base_notes, by_linear, load_factors, write_mean_adapter
-from mmedx_fast.stages.common import StopSignal
+from mmedx_fast.stages.common import StopSignal, data_note, load_progress
 from mmedx_fast.stages.context import batches
 
 TARGETS = r".*(first|second)"
@@ -191,6 +195,47 @@ def test_batches_are_epochs_and_depend_on_nothing_but_their_arguments() -> None:
     assert all(len(batch) == 25 for batch in batches(10, 25, 3, 0))
 
 
+def _questions(*rows: tuple[str, str]) -> Any:
+    return [
+        SimpleNamespace(id=id, record=SimpleNamespace(question=text, answer="yes"))
+        for id, text in rows
+    ]
+
+
+TRAINED_ON = (("1", "Is it?"), ("2", "Was it?"))
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        (*TRAINED_ON, ("3", "Will it?")),
+        TRAINED_ON[:1],
+        TRAINED_ON[::-1],
+        (("1", "Is it?"), ("2", "Another row of that number?")),
+    ],
+    ids=["extended", "shortened", "reordered", "replaced"],
+)
+def test_a_run_does_not_go_on_with_other_questions(tmp_path: Path, now: Any) -> None:
+    stage = Stage("gba", tmp_path, "f")
+    tensors, rng = rng_state()
+    loaded = []
+    policy: Any = SimpleNamespace(load_state=lambda *_: loaded.append(1))
+
+    def saved(step: int, **extra: Any) -> None:
+        meta = {"policy": {}, "rng": rng, "meter": {}, "extra": extra}
+        save_checkpoint(tmp_path, step, tensors, meta)
+
+    saved(3)  # as before checkpoints said what they were trained on
+    assert load_progress(stage, policy, _questions(*now), "rows.jsonl")[0] == 3
+    saved(4, data=data_note(_questions(*TRAINED_ON)))
+    assert load_progress(stage, policy, _questions(*TRAINED_ON), "rows.jsonl")[0] == 4
+    assert len(loaded) == 2
+    counts = f"after step 4.* 2 questions .now {len(now)}"
+    with pytest.raises(ConfigError, match=rf"data.train = rows.jsonl.*{counts}.*delete {tmp_path}"):
+        load_progress(stage, policy, _questions(*now), "rows.jsonl")
+    assert len(loaded) == 2
+
+
 def test_candidates_span_the_lists_and_weigh_the_rl_model_last() -> None:
     from mmedx_fast.stages.caci import candidates
 
@@ -244,8 +289,6 @@ def test_first_signal_waits_for_the_step_and_the_second_does_not() -> None:
 def test_token_weights_of_a_steps_rows_add_up_to_one_mean(loss_type: str) -> None:
     """Two rows, three rollouts of unequal length: the weights are those of the step, not of a row. A
     row without work weighs nothing."""
-    from types import SimpleNamespace
-
     from mmedx_fast.stages.gba_update import Learner
 
     rollouts = [SimpleNamespace(token_ids=[7] * n) for n in (2, 3, 5)]
@@ -278,8 +321,6 @@ def test_the_merge_runs_on_the_gpu_where_it_fits(free, device, monkeypatch, capl
 
 
 def test_a_split_s_format_and_options_reach_its_loader(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
     from mmedx_fast.config import load_config
     from mmedx_fast.stages.context import Context
 

@@ -29,6 +29,7 @@ from mmedx_fast.stages.common import (
     Stopped,
     StopSignal,
     check_tree,
+    data_note,
     finish,
     is_done,
     load_progress,
@@ -161,7 +162,9 @@ class _Trainer:
         try:
             check_tree(self.policy, self.questions[0], self.gba.guidelines)
             checksum = self.policy.base_checksum()
-            done, meter_state, extra = load_progress(self.stage, self.policy)
+            done, meter_state, extra = load_progress(
+                self.stage, self.policy, self.questions, self.cfg.data.train
+            )
             self.meter: PhaseMeter = PhaseMeter(meter_state)
             self.rates = step_rates(self.policy, self.cfg, full=self.gba.finetuning_type == "full")
             if self.async_steps and 0 < done < self.gba.steps and ranks.is_main():
@@ -189,6 +192,7 @@ class _Trainer:
                     due = step % self.gba.save_steps == 0 or stopping
                     if due and step < self.gba.steps:
                         extra = {
+                            "data": data_note(self.questions),
                             "row_tokens": self.learner.bound.tokens,
                             "bad_steps": self.bad_steps.in_a_row,
                         }
