@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,6 +194,25 @@ def test_batches_are_epochs_and_depend_on_nothing_but_their_arguments() -> None:
     for epoch in range(6):
         assert sorted(flat[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert all(len(batch) == 25 for batch in batches(10, 25, 3, 0))
+
+
+@pytest.mark.parametrize(("count", "size"), [(5, 4), (7, 5), (10, 4), (3, 3), (9, 1), (11, 10)])
+def test_no_question_comes_twice_in_a_step(count: int, size: int) -> None:
+    borders = 0
+    for seed in range(20):
+        made = list(batches(count, size, 3 * count, seed))
+        assert all(len(set(batch)) == size for batch in made)
+        flat = [index for batch in made for index in batch]
+        for start in range(0, 3 * count * size, count):  # and each once an epoch
+            assert sorted(flat[start : start + count]) == list(range(count))
+        shuffled = random.Random(f"{seed}")
+        plain = [i for _ in range(3 * size) for i in shuffled.sample(range(count), count)]
+        borders += flat != plain
+        # Where nothing repeats the order is the shuffled one.
+        assert flat == plain or any(
+            len(set(plain[at : at + size])) < size for at in range(0, len(plain), size)
+        )
+    assert bool(borders) == (count % size > 0)
 
 
 def _questions(*rows: tuple[str, str]) -> Any:

@@ -321,12 +321,32 @@ def _hold_out(
 def batches(count: int, size: int, steps: int, seed: object) -> Iterable[list[int]]:
     """``steps`` lists of ``size`` indices below ``count``: epoch after epoch, each shuffled anew.
 
-    A pure function of its arguments, so that the data position of a resumed run is its step number.
+    No list has an index twice, unless it is longer than an epoch: at the border of two epochs a repeat
+    waits for the next list (on two ranks it would be sampled with the same seeds, and every rollout
+    counted twice). A pure function of its arguments, so that the data position of a resumed run is its step
+    number.
     """
     rng = random.Random(f"{seed}")
     queue: list[int] = []
     for _ in range(steps):
         while len(queue) < size:
             queue.extend(rng.sample(range(count), count))
-        yield queue[:size]
-        queue = queue[size:]
+        batch, waiting = queue[:size], queue[size:]
+        if size <= count:
+            # Enough of them differ: the rest of an epoch does, and where it is short a whole one follows.
+            batch = list(dict.fromkeys(queue))[:size]
+            waiting = _without(queue, batch)
+        yield batch
+        queue = waiting
+
+
+def _without(queue: Sequence[int], taken: Iterable[int]) -> list[int]:
+    """``queue`` less the first occurrence of each index that was ``taken``."""
+    left = set(taken)
+    rest = []
+    for index in queue:
+        if index in left:
+            left.remove(index)
+        else:
+            rest.append(index)
+    return rest
