@@ -85,11 +85,12 @@ def write_stream(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def write_folder(path: Path, nbytes: int | None = None) -> Iterator[Path]:
+def write_folder(path: Path, nbytes: int | None = None, *, durable: bool = True) -> Iterator[Path]:
     """Fill the folder that is yielded; on a clean exit it becomes ``path``, replacing an older one.
 
     ``nbytes``, when known, goes into the message of a full disk. On any exception the new folder is
-    removed and the older one stays.
+    removed and the older one stays. Without ``durable`` nothing is fsynced: whole or absent after a kill,
+    but not after a power cut.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,8 +99,9 @@ def write_folder(path: Path, nbytes: int | None = None) -> Iterator[Path]:
         with disk_guard(path, nbytes):
             temp.mkdir()
             yield temp
-            _sync_tree(temp)
-            _swap_in(temp, path)
+            if durable:
+                _sync_tree(temp)
+            _swap_in(temp, path, durable)
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
@@ -147,7 +149,7 @@ def _sibling(path: Path, prefix: str) -> Path:
     return path.parent / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}.{path.name}"
 
 
-def _swap_in(temp: Path, path: Path) -> None:
+def _swap_in(temp: Path, path: Path, durable: bool) -> None:
     """Rename ``temp`` to ``path``; in the instant between two renames the older one has a name that
     :func:`clean` recognises and puts back."""
     old = None
@@ -160,7 +162,8 @@ def _swap_in(temp: Path, path: Path) -> None:
         if old is not None:
             os.rename(old, path)
         raise
-    _sync_dir(path.parent)
+    if durable:
+        _sync_dir(path.parent)
     if old is not None:
         shutil.rmtree(old)
 
@@ -204,7 +207,8 @@ def clean(folder: Path) -> list[Path]:
                 continue
             leftover = Path(root, name)
             target = leftover.with_name(name.split(".", 3)[3])
-            if name.startswith(_OLD) and not target.exists():
+            # A folder in a folder that was being filled goes with it.
+            if name.startswith(_OLD) and not target.exists() and not target.name.startswith(TEMP):
                 os.rename(leftover, target)
                 continue
             if leftover.is_dir() and not leftover.is_symlink():

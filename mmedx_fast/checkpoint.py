@@ -30,6 +30,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file."""
 
 
+class _DamagedError(CheckpointError):
+    """Incomplete or altered on disk: no later try will read it."""
+
+
 class SavedTensors(Mapping[str, Tensor]):
     """The tensors of safetensors files, on the CPU; one is read when it is asked for."""
 
@@ -122,18 +126,39 @@ def save_checkpoint(
 
 def load_latest(stage_dir: Path) -> tuple[int, SavedTensors, dict[str, Any]] | None:
     """The newest checkpoint that is whole: (step, tensors on the CPU, read when asked for, meta), or
-    None when there is none.
+    None when none was ever written.
 
     A damaged one (file missing, truncated, wrong checksum) is passed over for the one before it,
     with a warning that names the file.
+
+    Raises :class:`CheckpointError` when all are damaged: to begin anew would write over what the stage
+    has logged. Also when the system refuses to read one (permissions, a stale mount, too many open
+    files): it may be whole, and one that is passed over today could be jumped to tomorrow.
     """
-    for step, folder in _steps(Path(stage_dir)):
-        try:
-            tensors, meta = _read(folder, step)
-        except CheckpointError as error:
-            warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
-            continue
-        return step, tensors, meta
+    root = Path(stage_dir) / "checkpoints"
+    damage: list[str] = []
+    try:
+        for step, folder in _steps(Path(stage_dir)):
+            try:
+                tensors, meta = _read(folder, step)
+            except _DamagedError as error:
+                damage.append(str(error))
+                continue
+            for message in damage:
+                warnings.warn(f"{message}; going back to the checkpoint before it", stacklevel=2)
+            return step, tensors, meta
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoints in {root} cannot be read now ({error}), which does not mean that they are "
+            f"damaged: mend that and start the same command again, or delete the folder it names to go "
+            f"on without it"
+        ) from error
+    if damage:
+        found = "".join(f"\n  {message}" for message in damage)
+        raise CheckpointError(
+            f"none of the {len(damage)} checkpoints in {root} can be used:{found}\n"
+            f"put a good copy there, or delete {root} to begin this stage anew"
+        )
     return None
 
 
@@ -214,16 +239,16 @@ def _read(folder: Path, step: int) -> tuple[SavedTensors, dict[str, Any]]:
         body = json.loads(path.read_text(encoding="utf-8"))
         checksum = body.pop("checksum")
         files = body["files"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint file {path} is damaged or missing ({error})") from None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _DamagedError(f"checkpoint file {path} is damaged or missing ({error})") from None
     if checksum != _checksum(body) or body["step"] != step:
-        raise CheckpointError(f"checkpoint file {path} does not match its checksum")
+        raise _DamagedError(f"checkpoint file {path} does not match its checksum")
     for name, expected in files.items():
         _check_file(folder / name, expected)
     try:
         return SavedTensors(folder / name for name in files), body["meta"]
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint files of {folder} cannot be read ({error})") from None
+    except SafetensorError as error:
+        raise _DamagedError(f"checkpoint files of {folder} cannot be read ({error})") from None
 
 
 def _file_record(path: Path) -> dict[str, Any]:
@@ -231,18 +256,16 @@ def _file_record(path: Path) -> dict[str, Any]:
 
 
 def _check_file(path: Path, expected: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint file {path} is missing")
-    if path.stat().st_size != expected["bytes"]:
-        raise CheckpointError(
-            f"checkpoint file {path} has {path.stat().st_size:,} bytes "
-            f"instead of {expected['bytes']:,}"
-        )
     try:
-        if _sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"checkpoint file {path} does not match its checksum")
-    except OSError as error:
-        raise CheckpointError(f"checkpoint file {path} cannot be read ({error})") from None
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise _DamagedError(f"checkpoint file {path} is missing") from None
+    if size != expected["bytes"]:
+        raise _DamagedError(
+            f"checkpoint file {path} has {size:,} bytes instead of {expected['bytes']:,}"
+        )
+    if _sha256(path) != expected["sha256"]:
+        raise _DamagedError(f"checkpoint file {path} does not match its checksum")
 
 
 def _checked_keys(value: Any, where: str) -> Any:

@@ -165,13 +165,16 @@ def _in_context(
     options: argparse.Namespace,
     work: Callable[[Context], Any],
     show: Callable[[Context, Any], None],
+    *,
+    reads: bool = False,
 ) -> int:
-    """``work`` on every rank of a launch; rank 0 then shows what came of it."""
+    """``work`` on every rank of a launch; rank 0 then shows what came of it. Work that only ``reads`` may
+    be done beside a run."""
     cfg = _prepared(options)
     from mmedx_fast import ranks
     from mmedx_fast.stages.context import open_context
 
-    with open_context(cfg) as ctx:
+    with open_context(cfg, reads=reads) as ctx:
         found = work(ctx)
         ranks.main_only(lambda: show(ctx, found))
     return 0
@@ -193,7 +196,9 @@ def _dsa(options: argparse.Namespace) -> int:
 
             return [dsa_plan(ctx, name) for name in _only(options, ctx.cfg.dsa.specialties)]
 
-        return _in_context(options, plans, lambda ctx, tables: print("\n\n".join(tables)))
+        return _in_context(
+            options, plans, lambda ctx, tables: print("\n\n".join(tables)), reads=True
+        )
 
     def work(ctx: Context) -> dict[str, dict[str, Any]]:
         from mmedx_fast.stages.dsa import run_dsa
@@ -217,7 +222,7 @@ def _gba(options: argparse.Namespace) -> int:
 
             return gba_plan(ctx)
 
-        return _in_context(options, plan, lambda ctx, table: print(table))
+        return _in_context(options, plan, lambda ctx, table: print(table), reads=True)
 
     def work(ctx: Context) -> dict[str, Any]:
         from mmedx_fast.stages.dsa import run_dsa

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmedx_fast._paths import find_config
+from mmedx_fast.config_deepspeed import check_deepspeed
 from mmedx_fast.config_rl import (
     AdvantageConfig,
     GbaConfig,
@@ -127,6 +128,13 @@ class Config(Section):
     def folder(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")
 
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(value, dict):
+            check_deepspeed(value)
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if self.gba.loss.loss_type == "cispo" and (self.gba.loss.epsilon_high or 0) < 1:
@@ -197,6 +205,10 @@ def deepspeed_settings(cfg: Config) -> dict[str, Any]:
         ) from None
     if not isinstance(settings, dict):
         raise ConfigError(f"deepspeed = {cfg.deepspeed}: must hold an object")
+    try:
+        check_deepspeed(settings)
+    except ValueError as error:
+        raise ConfigError(f"deepspeed = {cfg.deepspeed}: {error}") from None
     return settings
 
 

@@ -75,6 +75,12 @@ class RolloutConfig(Section):
                 "server_args and server_gpus are for a server that the trainer starts; leave "
                 "server_urls empty, or start those servers with the flags yourself"
             )
+        named = self.server_gpus.split(",") if self.server_gpus else None
+        if named is not None and self.tensor_parallel_size > len(named):
+            raise ValueError(
+                f"tensor_parallel_size = {self.tensor_parallel_size} needs as many GPUs, and server_gpus = "
+                f"{self.server_gpus} names {len(named)}"
+            )
         if self.engine == "server" and self.num_generations > self.max_num_seqs:
             raise ValueError(
                 f"num_generations = {self.num_generations} exceeds max_num_seqs = {self.max_num_seqs}: a "

@@ -101,8 +101,10 @@ class OptimizerConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
     max_step_grad_norm: float | None = Field(None, gt=0)
-    """A step whose gradient norm before clipping exceeds this is skipped and written to ``bad_steps/``;
-    null skips only where the loss or the norm is not finite."""
+    """A step whose gradient norm before clipping exceeds this is skipped and written to ``bad_steps/``: clipping
+    would still take a step of full length in the direction of whatever exploded. Null skips only where the
+    loss or the norm is not finite. What is healthy depends on model and loss, so there is no default; the 7B
+    and 2B recipes have a hundred times ``max_grad_norm``."""
     max_bad_steps: int = Field(3, ge=1)
     """The stage stops when this many steps in a row had to be skipped."""
 

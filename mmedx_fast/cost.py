@@ -14,7 +14,7 @@ from typing import Any
 
 from mmedx_fast.config import Config
 from mmedx_fast.cost_evaluation import EvaluationCount, merge_candidates
-from mmedx_fast.cost_memory import Part, Row, fit, memory_parts, trained_params
+from mmedx_fast.cost_memory import Part, Row, engine_here, fit, memory_parts, trained_params
 from mmedx_fast.cost_text import plan_text
 from mmedx_fast.data.records import GUIDELINE_NAMES
 from mmedx_fast.flops import (
@@ -127,6 +127,13 @@ def plan(
     """
     if gpus < 1:
         raise ValueError(f"gpus = {gpus} must be at least 1")
+    share = cfg.rollout.tensor_parallel_size
+    if engine_here(cfg) and share > gpus:
+        raise ValueError(
+            f"rollout.tensor_parallel_size = {share} needs as many GPUs, and the plan is for gpus = {gpus}: "
+            f"plan for more (--gpus {share}), lower it, or give the engine GPUs of its own "
+            "(rollout.engine=server with server_gpus or server_urls)"
+        )
     if assume is None:
         assume = Assumptions.of(gpu) if gpu else Assumptions()
     model = ModelShape.from_config(model_config or find_model(cfg.model.path))
@@ -376,13 +383,25 @@ def find_model(path: str) -> dict[str, Any]:
         return _read_config(assets_folder())
     if Path(path).is_dir():
         return _read_config(Path(path))
-    known = KNOWN_MODELS.get(path.rsplit("/", 1)[-1].lower())
+    known = _cached_config(path) or KNOWN_MODELS.get(path.rsplit("/", 1)[-1].lower())
     if known is None:
         raise ValueError(
-            f"model.path = {path!r} is neither a folder nor a model whose sizes are known "
-            f"({', '.join(KNOWN_MODELS)}); give the folder of a local copy"
+            f"model.path = {path!r} is neither a folder, nor a model in the local hub cache, nor one "
+            f"whose sizes are known ({', '.join(KNOWN_MODELS)}); give the folder of a local copy"
         )
     return known
+
+
+def _cached_config(name: str) -> dict[str, Any] | None:
+    """The ``config.json`` of a hub model that was downloaded before; asks no hub."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a path
+        return None
+    return _read_config(Path(found).parent) if isinstance(found, str) else None
 
 
 def _max_image_tokens(cfg: Config, model: ModelShape) -> int:

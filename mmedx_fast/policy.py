@@ -437,12 +437,14 @@ class Policy:
                 for key, param in copy.items():
                     param.copy_(tensors[key])
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write the adapter for PEFT and vLLM; every rank calls it, rank 0 writes."""
+    def save_adapter(self, folder: Path, *, durable: bool = True) -> None:
+        """Write the adapter for PEFT and vLLM; every rank calls it, rank 0 writes. ``durable`` as in
+        :func:`mmedx_fast.atomic.write_folder`."""
         tensors = self.adapter_tensors()
         if not _is_main():
             return
-        write_adapter(Path(folder), tensors, self._adapter_config, self.base_name, self.fingerprint)
+        about = (self._adapter_config, self.base_name, self.fingerprint)
+        write_adapter(Path(folder), tensors, *about, durable=durable)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """PEFT's keys -> float32 copies on the CPU, gathered block by block. Every rank must call
@@ -467,7 +469,9 @@ class Policy:
             raise ValueError("a LoRA policy's weights are those of its base; see adapter_tensors")
         return whole_weights(self._named)
 
-    def save_model(self, folder: Path, max_shard_size: int = 5_000_000_000) -> None:
+    def save_model(
+        self, folder: Path, max_shard_size: int = 5_000_000_000, *, durable: bool = True
+    ) -> None:
         """Write a policy trained in full as a model folder for transformers and vLLM, beside it which
         base it came from. Every rank calls it, rank 0 writes, `max_shard_size` bytes at a time."""
         weights = self.weights()
@@ -475,7 +479,7 @@ class Policy:
             for _ in weights:
                 pass
             return
-        with write_folder(Path(folder)) as partial:
+        with write_folder(Path(folder), durable=durable) as partial:
             write_model(partial, weights, local_folder(self.base_name), self.dtype, max_shard_size)
             write_base_note(partial, self.base_name, self.fingerprint)
 

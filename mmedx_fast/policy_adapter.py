@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmedx_fast.atomic import write_folder
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -54,7 +54,13 @@ def weights_checksum(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], config: Any, base_name: str, fingerprint: str
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Any,
+    base_name: str,
+    fingerprint: str,
+    *,
+    durable: bool = True,
 ) -> None:
     """Write an adapter that `PeftModel.from_pretrained` and vLLM load. The folder appears complete
     or not at all.
@@ -64,31 +70,23 @@ def write_adapter(
         config: the `peft.LoraConfig`.
         base_name: path or name of the base model.
         fingerprint: :func:`base_fingerprint` of its weights.
+        durable: as in :func:`mmedx_fast.atomic.write_folder`.
+
+    Raises:
+        DiskFullError: an older adapter is as it was.
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        save_file(dict(tensors), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with write_folder(Path(folder), nbytes, durable=durable) as partial:
+        save_file(dict(tensors), partial / WEIGHTS_NAME, metadata={"format": "pt"})
         saved = {
             **_plain(config.to_dict()),
             "base_model_name_or_path": base_name,
             "inference_mode": True,
         }
-        _write_json(temporary / CONFIG_NAME, saved)
-        write_base_note(temporary, base_name, fingerprint)
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        _write_json(partial / CONFIG_NAME, saved)
+        write_base_note(partial, base_name, fingerprint)
 
 
 def write_base_note(folder: Path, base_name: str, fingerprint: str) -> None:

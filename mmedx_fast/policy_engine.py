@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mmedx_fast.checkpoint import SavedTensors
 from mmedx_fast.config import OptimizerConfig
+from mmedx_fast.config_deepspeed import check_deepspeed
 from mmedx_fast.policy_zero import (
     ClippedAdamW,
     Verdict,
@@ -35,17 +36,6 @@ logger = logging.getLogger(__name__)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BLOCK = re.compile(r".*?\.(layers|blocks)\.\d+\.")
-_OWNED = {
-    "optimizer": "the optimizer section of the stage",
-    "scheduler": "the optimizer section of the stage",
-    "gradient_clipping": "optimizer.max_grad_norm",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "train_batch_size": "questions_per_step",
-    "train_micro_batch_size_per_gpu": "questions_per_step",
-    "gradient_accumulation_steps": "questions_per_step",
-    "managed_gradient_accumulation": "questions_per_step",
-}
 
 
 def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
@@ -136,23 +126,6 @@ def by_block(params: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parame
         yield {name: params[name] for name in run}
 
 
-def check_deepspeed_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the user's DeepSpeed settings.
-
-    Raises:
-        ValueError: a key that another part of the configuration decides, or an unknown ZeRO stage.
-    """
-    for key, where in _OWNED.items():
-        if key in config:
-            raise ValueError(
-                f"deepspeed.{key} is decided by {where}; remove it from the DeepSpeed settings"
-            )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"deepspeed.zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
-    return dict(config)
-
-
 class Engine:
     """One DeepSpeed engine over `module`, stepping `params` (name -> parameter, all of one dtype)."""
 
@@ -165,7 +138,8 @@ class Engine:
         total_steps: int,
         device: torch.device,
     ) -> None:
-        settings = check_deepspeed_config(deepspeed_config)
+        check_deepspeed(deepspeed_config)
+        settings = dict(deepspeed_config)
         self.params = dict(params)
         self._mastered = any(p.dtype != torch.float32 for p in self.params.values())
         self.stage: int = settings.get("zero_optimization", {}).get("stage", 0)

@@ -79,14 +79,15 @@ class RunFolder:
         """Make ``cfg.folder``, lock it, clean up after a killed run and write the resolved
         ``config.yaml``.
 
-        With ``exclusive=False`` (readers, ranks above 0) nothing is locked, cleaned or written. An
+        With ``exclusive=False`` (readers, ranks above 0) nothing is made, locked, cleaned or written. An
         earlier config that differs is kept as ``config.old-N.yaml``; whether finished stages still
         hold is for their fingerprints to say. Raises :class:`RunBusyError` when another process has
         the folder, and :class:`RunFolderError` when it cannot be made or read.
         """
         path = cfg.folder
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            if exclusive:
+                path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(
                 f"cannot make the run folder {path}: {error.strerror}; "

@@ -1,6 +1,10 @@
 """Checkpoints: exact, whole or absent, believed only after their checksums."""
 
+import builtins
+import errno
 import json
+import os
+import pathlib
 import random
 import shutil
 import subprocess
@@ -92,6 +96,44 @@ def test_damaged_checkpoint_is_passed_over_with_a_warning_naming_the_file(tmp_pa
     with pytest.warns(UserWarning, match=rf"step-000002/{name}"):
         step, tensors, _ = load_latest(tmp_path)
     assert step == 1 and tensors["x"].eq(1).all()
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_only_damaged_checkpoints_are_no_reason_to_begin_anew(tmp_path, kind):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"x": torch.full((8,), float(step))}, {"seed": 3})
+        name, damage = DAMAGE[kind]
+        damage(tmp_path / "checkpoints" / f"step-{step:06d}" / name)
+    with pytest.raises(CheckpointError) as caught:
+        load_latest(tmp_path)
+    message = str(caught.value)
+    for step in (1, 2):
+        assert f"step-{step:06d}/{name}" in message
+    assert f"delete {tmp_path / 'checkpoints'} to begin" in message
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
+def test_what_cannot_be_read_now_is_not_passed_over(tmp_path, monkeypatch, name, number):
+    """It may be whole, and the next start would jump to it from a step before."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"x": torch.full((8,), float(step))}, {"seed": 3})
+    bad = tmp_path / "checkpoints" / "step-000002" / name
+
+    def refusing(real):
+        def opened(file, *args, **kwargs):
+            if str(file) == str(bad):
+                raise OSError(number, os.strerror(number), str(file))
+            return real(file, *args, **kwargs)
+
+        return opened
+
+    with monkeypatch.context() as patched:
+        patched.setattr(builtins, "open", refusing(open))
+        patched.setattr(pathlib.io, "open", refusing(open))
+        with pytest.raises(CheckpointError, match=rf"{os.strerror(number)}.*{bad}.*same command"):
+            load_latest(tmp_path)
+    assert load_latest(tmp_path)[0] == 2
 
 
 def test_copied_under_another_step_is_not_believed(tmp_path):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mmedx_fast.config import Config, ConfigError, load_config
+from mmedx_fast.config import Config, ConfigError, deepspeed_settings, load_config
+from mmedx_fast.config_deepspeed import KNOWN, OWNED
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 
@@ -46,6 +48,17 @@ def test_overrides_reach_nested_fields_and_keep_their_type() -> None:
         ("steps", ["section.key=value"]),
         ("name.x=3", ["name", "not a section"]),
         ("gba.steps=[", ["YAML"]),
+        ("deepspeed={zero_optimisation: {stage: 3}}", ["unknown key", "'zero_optimization'"]),
+        ("deepspeed={zero_optimization: 2}", ["deepspeed", "stage from 0 to 3", "got 2"]),
+        ("deepspeed={bf16: {enabled: true}}", ["deepspeed.bf16", "model.dtype"]),
+        (
+            "deepspeed={zero_optimization: {stage: 2, reduce_bucket_size: 5e8}}",  # text in YAML
+            ["zero_optimization.reduce_bucket_size", "number", "'5e8'"],
+        ),
+        (
+            "deepspeed={zero_optimization: {stage: 2, overlap_comm: auto}}",
+            ["zero_optimization.overlap_comm", "true or false", "'auto'"],
+        ),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_do(
@@ -74,6 +87,40 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str | None, words: str) -> No
     with pytest.raises(ConfigError, match=words) as error:
         load_config(path)
     assert "broken.yaml" in str(error.value)
+
+
+def test_a_deepspeed_file_is_held_to_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text('{"zero_optimisation": {"stage": 3}}')
+    with pytest.raises(ConfigError, match="zero.json: .*did you mean 'zero_optimization'"):
+        deepspeed_settings(load_config(None, [f"deepspeed={path}"]))
+
+
+def test_every_key_that_deepspeed_reads_is_known() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    asked: set[str] = set()
+
+    class Keys(set[str]):
+        def __contains__(self, key: object) -> bool:
+            asked.add(str(key))
+            return super().__contains__(key)
+
+    class Recorder(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            asked.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            asked.add(str(key))
+            return super().__contains__(key)
+
+        def keys(self) -> Any:
+            return Keys(super().keys())
+
+    DeepSpeedConfig(Recorder(train_micro_batch_size_per_gpu=1))
+    assert len(asked) > 40
+    assert asked <= KNOWN | OWNED.keys()
 
 
 def test_a_run_that_met_its_machines_limits_goes_on_with_other_ones() -> None:

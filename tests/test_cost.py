@@ -611,15 +611,12 @@ def test_table_is_aligned():
     ]
 
 
-@pytest.mark.parametrize("zero", ["two", {"stage": 4}, {"stage": "2"}])
+@pytest.mark.parametrize("zero", ["two", 2, True, {"stage": 4}, {"stage": "2"}, {"stage": True}])
 def test_a_zero_stage_that_does_not_exist_is_named(zero) -> None:
-    from mmedx_fast.config import Config, ConfigError
-    from mmedx_fast.cost_memory import zero_stage
-
     assert zero_stage(Config(deepspeed={"zero_optimization": {"stage": 3}})) == 3
     assert zero_stage(Config(deepspeed={})) == 0
-    with pytest.raises(ConfigError, match="stage from 0 to 3"):
-        zero_stage(Config(deepspeed={"zero_optimization": zero}))
+    with pytest.raises(ValueError, match="stage from 0 to 3"):
+        Config(deepspeed={"zero_optimization": zero})
 
 
 def _rates(**changes):
@@ -724,7 +721,36 @@ def test_an_engine_elsewhere_takes_nothing_of_the_trainers_gpu(where) -> None:
 
 def test_two_gpus_of_tensor_parallel_hold_half_the_engine_each() -> None:
     whole, half = (
-        next(p["bytes"] for p in plan(_cfg(rollout=r))["memory"] if p["name"].startswith("rollout"))
+        next(
+            p["bytes"]
+            for p in plan(_cfg(rollout=r), gpus=2)["memory"]
+            if p["name"].startswith("rollout")
+        )
         for r in ({}, {"tensor_parallel_size": 2})
     )
     assert half == whole // 2
+
+
+def test_an_engine_on_more_gpus_than_there_are_does_not_fit() -> None:
+    four = {"tensor_parallel_size": 4}
+    with pytest.raises(ValueError, match=r"tensor_parallel_size = 4 .*gpus = 1.*--gpus 4"):
+        plan(_cfg(rollout=four), gpu=H200, gpus=1)
+    elsewhere = {"engine": "server", "server_gpus": "4,5,6,7"}
+    assert plan(_cfg(rollout=four | elsewhere), gpu=H200)["machine"]["gpus"] == 1
+    with pytest.raises(ValueError, match="tensor_parallel_size = 4 .* server_gpus = 4,5 names 2"):
+        _cfg(rollout=four | {"engine": "server", "server_gpus": "4,5"})
+
+
+def test_a_model_in_the_hub_cache_is_planned_from_its_own_sizes(tmp_path, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cfg = _cfg(model={"path": "some/Own-Model"})
+    with pytest.raises(ValueError, match="some/Own-Model.*local hub cache"):
+        plan(cfg)
+    model = tmp_path / "models--some--Own-Model"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0a1b")
+    (model / "snapshots" / "0a1b").mkdir(parents=True)
+    (model / "snapshots" / "0a1b" / "config.json").write_text(json.dumps(_small_config()))
+    assert plan(cfg)["model"]["parameters"] == ModelShape.from_config(_small_config()).params

@@ -69,6 +69,13 @@ def test_a_recipe_fits_the_hardware_it_names(name, gpu, gpus):
 
 
 @pytest.mark.parametrize("name", REAL)
+def test_a_recipe_skips_steps_that_explode_and_no_others(name):
+    cfg = _recipe(name)
+    for optimizer in (cfg.dsa.optimizer, cfg.gba.optimizer):
+        assert optimizer.max_step_grad_norm == 100 * optimizer.max_grad_norm
+
+
+@pytest.mark.parametrize("name", REAL)
 def test_the_shrunk_model_keeps_the_recipe_s_architecture(name):
     path = _recipe(name).model.path
     real = ModelShape.from_config(KNOWN_MODELS[path.rsplit("/", 1)[-1].lower()])
@@ -129,7 +136,12 @@ def test_a_recipe_runs_two_steps_of_dsa_and_gba(name, engine, tmp_path):
         steps = read_metrics(run.path / "gba" / "metrics.jsonl")
     assert [row["step"] for row in experts] == [row["step"] for row in steps] == [1, 2]
     for row in [*experts, *steps]:
-        assert row["loss"] == row["loss"] and row["grad_norm"] > 0 and row["tokens_saved"] > 1
+        assert (
+            row["loss"] == row["loss"]
+            and not row["skipped"]
+            and row["grad_norm"] > 0
+            and row["tokens_saved"] > 1
+        )
         assert row["perf/train_tokens_per_second"] > 0
         shares = [value for key, value in row.items() if key.startswith("perf/share/")]
         assert sum(shares) == pytest.approx(1.0)

@@ -425,6 +425,7 @@ def test_rows_that_do_not_fit_are_cut_for_the_rest_of_the_run(
     assert saved is not None
     bound = saved[2]["extra"]["row_bound"]
     assert bound["setting"] == 8192 and max(after) <= bound["tokens"] < longest
+    assert saved[2]["extra"]["data"]["count"] > 0
     memory.shrinks_at = 0
     del memory.lengths[:]
     found = train()

@@ -1,5 +1,8 @@
 """What ``mmedx gba --plan`` and ``mmedx dsa --plan`` show is what the step packs."""
 
+import pytest
+
+from mmedx_fast import cli
 from mmedx_fast._paths import find_config
 from mmedx_fast.config import load_config
 from mmedx_fast.run_folder import RunFolder
@@ -15,6 +18,22 @@ def table(text):
     """The numbers of the table's rows, and the line under it."""
     lines = text.splitlines()
     return [[int(cell) for cell in line.split()] for line in lines[3:-1]], lines[-1]
+
+
+@pytest.mark.parametrize("command", ["gba", "dsa"])
+def test_a_plan_leaves_the_run_folder_as_it_is(command, tmp_path, capsys):
+    where = tmp_path / "run"
+    plan = [command, "demo.yaml", "--plan", f"run_dir={where}", *SMALL]
+    assert cli.main(plan) == 0
+    assert not where.exists()
+    first = capsys.readouterr().out
+    cfg = load_config(find_config("demo.yaml"), [f"run_dir={where}", *SMALL])
+    with RunFolder.open(cfg):  # a run is at work
+        before = {path: path.read_bytes() for path in where.rglob("*") if path.is_file()}
+        assert cli.main([*plan, "gba.max_row_tokens=4096", "dsa.steps=3"]) == 0
+        after = {path: path.read_bytes() for path in where.rglob("*") if path.is_file()}
+    assert before == after and len(before) == 2
+    assert "tokens instead of" in first and "tokens instead of" in capsys.readouterr().out
 
 
 def test_the_tables_are_those_of_the_first_steps_rows(tmp_path, monkeypatch):

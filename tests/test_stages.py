@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from mmedx_fast.config import CaciConfig, LoraConfig
+from mmedx_fast.atomic import DiskFullError, clean
+from mmedx_fast.checkpoint import rng_state, save_checkpoint
+from mmedx_fast.config import CaciConfig, ConfigError, LoraConfig
 from mmedx_fast.policy_adapter import AdapterError, write_adapter
 from mmedx_fast.rollout import Interrupted
+from mmedx_fast.run_folder import Stage
 from mmedx_fast.stages import common
 from mmedx_fast.stages.adapters import base_notes, by_linear, load_factors, write_mean_adapter
-from mmedx_fast.stages.common import StopSignal
+from mmedx_fast.stages.common import StopSignal, data_note, load_progress
 from mmedx_fast.stages.context import batches
 from mmedx_fast.tree import Tree
 
@@ -35,7 +40,9 @@ class Base(nn.Module):
         return self.second(self.first(x))
 
 
-def make_adapter(folder: Path, seed: int, fingerprint: str = "f0", **options: object) -> nn.Module:
+def make_adapter(
+    folder: Path, seed: int, fingerprint: str = "f0", durable: bool = True, **options: object
+) -> nn.Module:
     """A PEFT adapter with random factors, on disk; returns the PEFT model for comparison."""
     import peft
 
@@ -47,7 +54,7 @@ def make_adapter(folder: Path, seed: int, fingerprint: str = "f0", **options: ob
         if "lora_" in name:
             nn.init.normal_(param)
             tensors[name.replace(".default", "")] = param.detach().clone()
-    write_adapter(folder, tensors, config, "some/base", fingerprint)
+    write_adapter(folder, tensors, config, "some/base", fingerprint, durable=durable)
     return model
 
 
@@ -97,6 +104,85 @@ def test_adapters_of_two_bases_are_refused_by_name(tmp_path: Path) -> None:
         base_notes({"a": tmp_path / "a", "b": tmp_path / "b"})
 
 
+def test_a_full_disk_leaves_the_adapter_before_and_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    make_adapter(tmp_path / "adapter", 1)
+    before = load_factors(tmp_path / "adapter")["first"].delta()
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(DiskFullError, match=r"adapter \(736 bytes\).*free some space"):
+        make_adapter(tmp_path / "adapter", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert torch.equal(load_factors(tmp_path / "adapter")["first"].delta(), before)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("renamed", [False, True], ids=["before", "after"])
+def test_a_kill_between_the_renames_leaves_one_whole_adapter(
+    tmp_path: Path, nth: int, renamed: bool
+) -> None:
+    make_adapter(tmp_path / "adapter", 1)
+    before = load_factors(tmp_path / "adapter")["first"].delta()
+    pid = os.fork()
+    if pid == 0:
+        real, calls = os.rename, iter(range(1, 9))
+
+        def dying(*args: str) -> None:
+            last = next(calls) == nth
+            if not last or renamed:
+                real(*args)
+            if last:
+                os._exit(9)
+
+        setattr(os, "rename", dying)  # noqa: B010
+        try:
+            make_adapter(tmp_path / "adapter", 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    clean(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    found = load_factors(tmp_path / "adapter")["first"].delta()
+    assert torch.equal(found, before) == ((nth, renamed) != (2, True))
+
+
+def test_weights_are_on_the_disk_before_the_adapter_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(fd: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append(f"-> {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    make_adapter(tmp_path / "adapter", 1)
+    assert done.index("adapter_model.safetensors") < done.index("-> adapter")
+    assert done[-1] == tmp_path.name
+    done.clear()
+    make_adapter(tmp_path / "quick", 1, durable=False)
+    assert done == ["-> quick"]
+
+
+def test_a_folder_that_was_replaced_in_one_being_filled_goes_with_it(tmp_path: Path) -> None:
+    (tmp_path / ".mmedx-old.12-ab..mmedx-tmp.12-cd.start").mkdir()
+    clean(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_linear_only_one_adapter_touches(tmp_path: Path) -> None:
     make_adapter(tmp_path / "a", 1)
     make_adapter(tmp_path / "b", 2, target_modules=r".*second")
@@ -112,6 +198,66 @@ def test_batches_are_epochs_and_depend_on_nothing_but_their_arguments() -> None:
     for epoch in range(6):
         assert sorted(flat[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert all(len(batch) == 25 for batch in batches(10, 25, 3, 0))
+
+
+@pytest.mark.parametrize(("count", "size"), [(5, 4), (7, 5), (10, 4), (3, 3), (9, 1), (11, 10)])
+def test_no_question_comes_twice_in_a_step(count: int, size: int) -> None:
+    borders = 0
+    for seed in range(20):
+        made = list(batches(count, size, 3 * count, seed))
+        assert all(len(set(batch)) == size for batch in made)
+        flat = [index for batch in made for index in batch]
+        for start in range(0, 3 * count * size, count):  # and each once an epoch
+            assert sorted(flat[start : start + count]) == list(range(count))
+        shuffled = random.Random(f"{seed}")
+        plain = [i for _ in range(3 * size) for i in shuffled.sample(range(count), count)]
+        borders += flat != plain
+        # Where nothing repeats the order is the shuffled one.
+        assert flat == plain or any(
+            len(set(plain[at : at + size])) < size for at in range(0, len(plain), size)
+        )
+    assert bool(borders) == (count % size > 0)
+
+
+def _questions(*rows: tuple[str, str]) -> Any:
+    return [
+        SimpleNamespace(id=id, record=SimpleNamespace(question=text, answer="yes"))
+        for id, text in rows
+    ]
+
+
+TRAINED_ON = (("1", "Is it?"), ("2", "Was it?"))
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        (*TRAINED_ON, ("3", "Will it?")),
+        TRAINED_ON[:1],
+        TRAINED_ON[::-1],
+        (("1", "Is it?"), ("2", "Another row of that number?")),
+    ],
+    ids=["extended", "shortened", "reordered", "replaced"],
+)
+def test_a_run_does_not_go_on_with_other_questions(tmp_path: Path, now: Any) -> None:
+    stage = Stage("gba", tmp_path, "f")
+    tensors, rng = rng_state()
+    loaded = []
+    policy: Any = SimpleNamespace(load_state=lambda *_: loaded.append(1))
+
+    def saved(step: int, **extra: Any) -> None:
+        meta = {"policy": {}, "rng": rng, "meter": {}, "extra": extra}
+        save_checkpoint(tmp_path, step, tensors, meta)
+
+    saved(3)  # as before checkpoints said what they were trained on
+    assert load_progress(stage, policy, _questions(*now), "rows.jsonl")[0] == 3
+    saved(4, data=data_note(_questions(*TRAINED_ON)))
+    assert load_progress(stage, policy, _questions(*TRAINED_ON), "rows.jsonl")[0] == 4
+    assert len(loaded) == 2
+    counts = f"after step 4.* 2 questions .now {len(now)}"
+    with pytest.raises(ConfigError, match=rf"data.train = rows.jsonl.*{counts}.*delete {tmp_path}"):
+        load_progress(stage, policy, _questions(*now), "rows.jsonl")
+    assert len(loaded) == 2
 
 
 def test_candidates_span_the_lists_and_weigh_the_rl_model_last() -> None:
@@ -200,8 +346,6 @@ def test_a_signal_cuts_short_only_what_may_be() -> None:
 def test_token_weights_of_a_steps_rows_add_up_to_one_mean(loss_type: str) -> None:
     """Two rows, three rollouts of unequal length: the weights are those of the step, not of a row. A
     row without work weighs nothing."""
-    from types import SimpleNamespace
-
     from mmedx_fast.stages.gba_update import Learner
 
     rollouts = [SimpleNamespace(token_ids=[7] * n) for n in (2, 3, 5)]
@@ -272,8 +416,6 @@ def test_the_merge_runs_on_the_gpu_where_it_fits(free, device, monkeypatch, capl
 
 
 def test_a_split_s_format_and_options_reach_its_loader(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
     from mmedx_fast.config import load_config
     from mmedx_fast.stages.context import Context
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -56,14 +57,35 @@ def save_progress(
     )
 
 
-def load_progress(stage: Stage, policy: Policy) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """(updates done, phase meter state, extra) of the newest good checkpoint; (0, {}, {}) without one."""
+def data_note(questions: Sequence[Question]) -> dict[str, Any]:
+    """What tells one list of training questions from another, for a checkpoint's ``extra["data"]``: their
+    number, and a hash of their ids and texts in order. An id alone may be a row's number."""
+    rows = ([q.id, q.record.question, q.record.answer] for q in questions)
+    lines = "\n".join(json.dumps(row) for row in rows)
+    return {"count": len(questions), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+
+
+def load_progress(
+    stage: Stage, policy: Policy, questions: Sequence[Question], source: str
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """(updates done, phase meter state, extra) of the newest good checkpoint; (0, {}, {}) without one.
+
+    Raises ConfigError when that was trained on others than ``questions``, which come from ``source``
+    (``data.train``): a step's questions follow from its number, so all later ones would be others too.
+    """
     from mmedx_fast.checkpoint import load_latest, set_rng_state
 
     found = load_latest(stage.dir)
     if found is None:
         return 0, {}, {}
     step, tensors, meta = found
+    before, now = meta["extra"].get("data"), data_note(questions)
+    if before not in (None, now):  # earlier checkpoints do not say
+        raise ConfigError(
+            f"data.train = {source}: it has changed since {stage.name} was saved after step {step}, "
+            f"which was training on {before['count']:,} questions (now {now['count']:,}): put the data "
+            f"back as it was, or delete {stage.dir} to begin this stage anew"
+        )
     policy.load_state(tensors.under("policy/"), meta["policy"])
     set_rng_state(tensors, meta["rng"])
     return step, meta["meter"], meta["extra"]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mmedx_fast import ranks
@@ -35,18 +36,20 @@ class StageError(RuntimeError):
 
 
 @contextmanager
-def open_context(cfg: Config) -> Iterator[Context]:
+def open_context(cfg: Config, reads: bool = False) -> Iterator[Context]:
     """The run's folder and what its stages share.
 
-    Under a launcher every rank calls it: rank 0 locks the folder and writes in it, the others read.
+    Under a launcher every rank calls it: rank 0 locks the folder and writes in it, the others read. With
+    ``reads`` rank 0 too leaves it as it is, and a run may be at work there.
 
     Raises:
         RunFolderError: the folder is in use or cannot be made (on the other ranks
             :class:`mmedx_fast.ranks.OtherRankError`).
     """
     ranks.join()
-    run = ranks.main_first(lambda: RunFolder.open(cfg, exclusive=ranks.is_main()))
-    with run, Context(cfg, run) as ctx:
+    writes = ranks.is_main() and not reads
+    run = ranks.main_first(lambda: RunFolder.open(cfg, exclusive=writes))
+    with run, Context(cfg, run, reads=reads) as ctx:
         if ranks.world_size() > 1:
             ranks.main_first(lambda: ctx.records("train"))  # the phantom's files, once
         yield ctx
@@ -54,15 +57,18 @@ def open_context(cfg: Config) -> Iterator[Context]:
 
 
 class Context:
-    """Opened once per command (:func:`open_context`); use as a context manager."""
+    """Opened once per command (:func:`open_context`); use as a context manager. One that ``reads`` writes
+    nothing into the run's folder."""
 
-    def __init__(self, cfg: Config, run: RunFolder) -> None:
+    def __init__(self, cfg: Config, run: RunFolder, reads: bool = False) -> None:
         self.cfg = cfg
         self.run = run
+        self.reads = reads
         self._records: dict[str, list[Record]] = {}
         self._questions: dict[str, list[Question]] = {}
         self._engine: RolloutEngine | None = None
         self._weights: Path | None = None
+        self._scratch: TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Context:
         return self
@@ -71,6 +77,9 @@ class Context:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
 
     # -- model -----------------------------------------------------------------------------------
 
@@ -248,8 +257,13 @@ class Context:
 
     def _phantom(self) -> Path:
         phantom = self.cfg.phantom
+        folder = self.run.path / "data" / "phantom"
+        if self.reads:
+            # What is there may be missing, or another configuration's.
+            self._scratch = self._scratch or TemporaryDirectory(prefix="mmedx-")
+            folder = Path(self._scratch.name)
         return write_phantom(
-            self.run.path / "data" / "phantom",
+            folder,
             train=phantom.train,
             validation=phantom.validation,
             test=phantom.test,
@@ -270,7 +284,7 @@ class Context:
         return self.run.path / "data" / f"rejected-{split}.jsonl"
 
     def _note_rejected(self, split: str, rejected: Sequence[Rejected]) -> None:
-        if not rejected or not ranks.is_main():
+        if not rejected or self.reads or not ranks.is_main():
             return
         path = self._rejected_file(split)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -321,12 +335,32 @@ def _hold_out(
 def batches(count: int, size: int, steps: int, seed: object) -> Iterable[list[int]]:
     """``steps`` lists of ``size`` indices below ``count``: epoch after epoch, each shuffled anew.
 
-    A pure function of its arguments, so that the data position of a resumed run is its step number.
+    No list has an index twice, unless it is longer than an epoch: at the border of two epochs a repeat
+    waits for the next list (on two ranks it would be sampled with the same seeds, and every rollout
+    counted twice). A pure function of its arguments, so that the data position of a resumed run is its step
+    number.
     """
     rng = random.Random(f"{seed}")
     queue: list[int] = []
     for _ in range(steps):
         while len(queue) < size:
             queue.extend(rng.sample(range(count), count))
-        yield queue[:size]
-        queue = queue[size:]
+        batch, waiting = queue[:size], queue[size:]
+        if size <= count:
+            # Enough of them differ: the rest of an epoch does, and where it is short a whole one follows.
+            batch = list(dict.fromkeys(queue))[:size]
+            waiting = _without(queue, batch)
+        yield batch
+        queue = waiting
+
+
+def _without(queue: Sequence[int], taken: Iterable[int]) -> list[int]:
+    """``queue`` less the first occurrence of each index that was ``taken``."""
+    left = set(taken)
+    rest = []
+    for index in queue:
+        if index in left:
+            left.remove(index)
+        else:
+            rest.append(index)
+    return rest

@@ -21,6 +21,7 @@ from mmedx_fast.stages.common import (
     StopSignal,
     all_parts,
     check_tree,
+    data_note,
     finish,
     is_done,
     load_progress,
@@ -139,7 +140,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
     )
     try:
         check_tree(policy, questions, lambda q: [key or None for key in q.record.reasoning])
-        done, meter_state, extra = load_progress(stage, policy)
+        done, meter_state, extra = load_progress(stage, policy, questions, cfg.data.train)
         meter, rates = PhaseMeter(meter_state), step_rates(policy, cfg)
         bound = RowBound(cfg.gba, extra.get("row_bound"), stage.dir)
         bad_steps = BadSteps(stage, dsa.optimizer, "dsa.optimizer", extra.get("bad_steps", 0))
@@ -161,7 +162,11 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
                 stopping = stop.agreed()
                 due = step % dsa.save_steps == 0 or stopping
                 if due and step < dsa.steps:
-                    extra = {"row_bound": bound.state, "bad_steps": bad_steps.in_a_row}
+                    extra = {
+                        "data": data_note(questions),
+                        "row_bound": bound.state,
+                        "bad_steps": bad_steps.in_a_row,
+                    }
                     save_progress(stage, step, policy, meter, cfg, extra)
                     if stopping:
                         ranks.barrier()  # a rank that ends makes launchers end those that still write

@@ -31,6 +31,7 @@ from mmedx_fast.stages.common import (
     Stopped,
     StopSignal,
     check_tree,
+    data_note,
     finish,
     is_done,
     load_progress,
@@ -163,7 +164,9 @@ class _Trainer:
         try:
             check_tree(self.policy, self.questions, lambda _: self.gba.guidelines)
             checksum = self.policy.base_checksum()
-            done, meter_state, extra = load_progress(self.stage, self.policy)
+            done, meter_state, extra = load_progress(
+                self.stage, self.policy, self.questions, self.cfg.data.train
+            )
             self.meter: PhaseMeter = PhaseMeter(meter_state)
             self.rates = step_rates(self.policy, self.cfg, full=self.gba.finetuning_type == "full")
             self.restore_ahead(done, extra)
@@ -228,6 +231,7 @@ class _Trainer:
     def save(self, step: int) -> None:
         """The state after ``step``, while it is the trainer's."""
         extra = {
+            "data": data_note(self.questions),
             "row_bound": self.learner.bound.state,
             "bad_steps": self.bad_steps.in_a_row,
         }
@@ -330,12 +334,13 @@ class _Trainer:
                 self._sync_folder(engine, step)
 
     def _sync_folder(self, engine: RolloutEngine, step: int) -> None:
-        """Through a folder that the engine reads; the one before is deleted."""
+        """Through a folder that the engine reads; the one before is deleted. A start writes it anew, so
+        that no step waits for a disk to have it."""
         folder = self.stage.dir / "sync" / f"step-{step:06d}"
         if self.full:
-            self.policy.save_model(folder, self.gba.max_shard_size)
+            self.policy.save_model(folder, self.gba.max_shard_size, durable=False)
         else:
-            self.policy.save_adapter(folder)
+            self.policy.save_adapter(folder, durable=False)
         ranks.barrier()
         engine.wake()
         if self.full:
