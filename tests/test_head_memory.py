@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmedx_fast.kernels import _logits as lg
 from mmedx_fast.kernels.linear_logprob import linear_logprob
+from mmedx_fast.kernels.policy_loss import PolicyLossSpec, linear_policy_loss
 
 _file = Path(__file__).with_name("_peak_memory.py")
 _spec = importlib.util.spec_from_file_location("_peak_memory", _file)
@@ -73,3 +74,45 @@ def test_slabs_of_the_head_change_no_result(
     truth = run(h.double(), w.double())
     for a, b, exact in zip(slabs, whole, truth, strict=True):
         assert (a - exact).norm() <= 1.5 * (b - exact).norm() + 1e-6
+
+
+def loss_of(hidden: Tensor, weight: Tensor, targets: Tensor, ours: bool) -> Tensor:
+    """On-policy dapo with an entropy bonus."""
+    n = len(targets)
+    advantages, token_weight = torch.ones(n), torch.full((n,), 1 / n)
+    if ours:
+        spec = PolicyLossSpec(entropy_coef=0.01)
+        return linear_policy_loss(
+            hidden, weight, targets, advantages, token_weight=token_weight, spec=spec
+        )[0]
+    logp = (hidden @ weight.t()).log_softmax(1)
+    entropy = -(logp.exp() * logp).sum(1)
+    mine = logp.gather(1, targets[:, None]).squeeze(1)
+    ratio = (mine - mine.detach()).exp()
+    return (token_weight * (-ratio * advantages - 0.01 * entropy)).sum()
+
+
+def peak_of(n: int, ours: bool) -> tuple[float, int]:
+    """(loss, peak bytes) of forward and backward beside the operands, at the 7B's vocabulary."""
+    torch.manual_seed(0)
+    hidden, weight, targets = operands(n, torch.float32)
+    hidden.requires_grad_()
+    with PeakMemory(hidden, weight, targets) as memory:
+        loss = loss_of(hidden, weight, targets, ours)
+        loss.backward()
+    return loss.item(), memory.peak
+
+
+@pytest.mark.slow
+def test_policy_loss_of_4096_tokens_takes_an_eighth_of_eager(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eager's bytes grow by k * 4 * V a token, measured at 16, 32 and 64 and carried on to 4,096."""
+    monkeypatch.setenv("MMEDX_KERNELS", "torch")
+    n, logits = 4096, 4 * VOCAB
+    small = {tokens: peak_of(tokens, ours=False) for tokens in (16, 32, 64)}
+    k = (small[64][1] - small[32][1]) / (32 * logits)
+    assert small[32][1] - small[16][1] == pytest.approx(k * 16 * logits, rel=1e-3)
+    assert k >= 2
+    assert peak_of(32, ours=True)[0] == pytest.approx(small[32][0], rel=1e-4)
+    assert peak_of(n, ours=True)[1] <= k * n * logits / 8
