@@ -25,6 +25,8 @@ CPU_TILE, CPU_ROWS = 1 << 19, 128
 CUDA_TILE_BYTES = 750_000_000
 # Output tile of the GEMMs that cuBLAS picks for these shapes.
 TILE_M, TILE_N = 128, 256
+# Bytes of a head's copy in another dtype: a larger one is cast in slabs of the vocabulary.
+CAST_BYTES = 1 << 26
 # Rows of a tile start at multiples of this many elements, for vector loads and cuBLAS.
 ROW_ALIGNMENT = 32
 # -inf logits become this, so that 0 * z is 0 and not NaN; exp of it is 0 in every dtype.
@@ -87,7 +89,7 @@ class Tiles:
         n, h = hidden.shape
         self.spans = spans(n, head.vocab, h, hidden.device, chunk, head.raw_dtype.itemsize)
         self._buffer: Tensor | None = None
-        self._operand: Tensor | None = None
+        self._operand: tuple[Tensor, ...] | None = None
         self._loaded: slice | None = None
         self._banned = banned_columns(head, hidden.device)
 
@@ -117,9 +119,17 @@ class Tiles:
             if weight.dtype != torch.float32:
                 torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=z)
                 return
-        if self._operand is None:  # one cast a call
-            self._operand = weight.to(z.dtype)
-        torch.mm(hidden.to(z.dtype), self._operand.t(), out=z)
+        hidden = hidden.to(z.dtype)
+        if weight.dtype == z.dtype:
+            torch.mm(hidden, weight.t(), out=z)
+            return
+        # A copy of the head may be larger than all else together: whole, and then cast once a call, only if small.
+        rows = max(1, CAST_BYTES // (weight.shape[1] * z.dtype.itemsize))
+        if self._operand is None:
+            whole = rows >= len(weight)
+            self._operand = (weight.to(z.dtype),) if whole else weight.split(rows)
+        for part, out in zip(self._operand, z.split(rows, 1), strict=True):
+            torch.mm(hidden, part.to(z.dtype).t(), out=out)
 
 
 class Grads:

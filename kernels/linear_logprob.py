@@ -48,7 +48,8 @@ def linear_logprob(
 
     Args:
         hidden: [N, H] float, any strides. N may be 0.
-        weight: [V, H] float, the head; with ``group`` this rank's rows of it.
+        weight: [V, H] float, the head; with ``group`` this rank's rows of it. A head in another dtype than its
+            logits (16-bit on a CPU, or not the dtype of ``hidden``) is cast by slabs of at most 64 MiB.
         targets: [N] token ids.
         temperature: divides the logits after the cap, as an inference engine does before sampling.
         bias: [V], added before the cap; -inf makes a token impossible, below a cap too.

@@ -67,7 +67,8 @@ def _rank(rank: int, port: int, path: str, mode: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     part = slice(STARTS[rank], STARTS[rank] + SIZES[rank])
-    group, found = {"group": dist.group.WORLD}, {}
+    group = {"group": dist.group.WORLD}
+    found: dict[str, list[torch.Tensor] | str] = {}
     for case, options in CASES.items():
         hidden, weight, targets = operands(case)
         mine = (hidden, weight[part], targets, options["bias"][part], options["banned"])

@@ -82,6 +82,20 @@ def test_values_and_gradients_equal_full_logits(v: int, options: dict) -> None:
         torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4)
 
 
+@both
+@pytest.mark.parametrize("v", [129_920, 151_936, 152_064])
+def test_vocabularies_of_real_models(v: int) -> None:
+    """Rows of more than thirty blocks, the last of them cut off elsewhere in each."""
+    hidden, weight, targets, _ = problem(n=2, h=4, v=v)
+    targets[1] = v - 1
+    got = linear_logprob(hidden, weight, targets)
+    want = reference(hidden, weight, targets)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-5)
+    for a, b in zip(grads(got, [hidden, weight]), grads(want, [hidden, weight]), strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("chunk", [None, 2])  # a kept tile, and a recomputed one
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck_in_float64(chunk: int | None, softcap: float | None) -> None:

@@ -173,14 +173,50 @@ def test_shards_put_together_are_the_whole() -> None:
     torch.testing.assert_close(others, whole[lg.OTHERS])
 
 
+def far_apart(vocab: int) -> torch.Tensor:
+    """[4, V] bfloat16, the last row 3 * 2^30 elements after the first; only touched pages take memory on a CPU."""
+    stride = 1 << 30
+    z = torch.empty(3 * stride + lg.raw_width(vocab), dtype=torch.bfloat16, device=DEVICE)
+    z = z.as_strided((4, lg.raw_width(vocab)), (stride, 1)).fill_(NAN)
+    z[:, :vocab] = torch.randn(4, vocab)
+    return z
+
+
 def test_rows_beyond_two_to_the_31_elements() -> None:
-    stride, vocab = 1 << 30, 70
-    z = torch.empty(3 * stride + vocab, dtype=torch.bfloat16, device=DEVICE)
-    z = z.as_strided((4, vocab), (stride, 1)).copy_(torch.randn(4, vocab))
+    vocab = 70
+    z = far_apart(vocab)[:, :vocab]
     targets = torch.randint(vocab, (4,), device=DEVICE)
-    _, logprob, _ = outcome(z, head(vocab), targets)
+    stats, logprob, _ = outcome(z, head(vocab), targets)
     want = distribution(z, head(vocab))[1].gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(logprob.double(), want, atol=1e-5, rtol=1e-6)
+    g, ge = torch.randn(2, 4, device=DEVICE)
+    ge[2] = g[2] = 0.0
+    truth = gradient(z, head(vocab), targets, g, ge)
+    lt.row_dlogits(lt.Rows.of(head(vocab)), z, z, targets, stats, g, ge, 0)  # out is as far
+    torch.testing.assert_close(z.double(), truth, atol=1e-5, rtol=1e-2)
+
+
+def test_policy_rows_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab, n = 70, 4
+    kept = far_apart(vocab)
+    z, made = kept[:, :vocab], head(vocab)
+    made = lg.Head(made.weight.bfloat16(), None, 1.0, None, None, torch.float32, torch.bfloat16)
+    targets = torch.randint(vocab, (n,), device=DEVICE)
+    hidden = torch.zeros(n, 2, dtype=torch.bfloat16, device=DEVICE)
+    tiles = pt.TritonPolicyTiles(hidden, made, targets, n, kept=kept, filled=True)
+    monkeypatch.setattr(tiles, "gradient_of", lambda z: z)
+    logp = distribution(z, made)[1].gather(1, targets[:, None]).squeeze(1)
+    advantage, one = torch.randn(n, device=DEVICE), torch.ones(n, device=DEVICE)
+    live = torch.arange(n, device=DEVICE) != 2
+    tokens = Tokens(advantage, None, None, None, one, one, live)
+    result = torch.full((4, n), NAN, device=DEVICE)
+    slope = torch.where(live, -advantage, 0.0)  # on policy the ratio is 1
+    truth = gradient(z, made, targets, slope, torch.zeros_like(slope))
+    out = tiles.policy(slice(0, n), tokens, PolicyLossSpec(), result)
+    torch.testing.assert_close(
+        result[pt.LOGPROB].double(), logp.where(live, 0.0), atol=1e-5, rtol=1e-6
+    )
+    torch.testing.assert_close(out.double(), truth, atol=1e-5, rtol=1e-2)
 
 
 TOKEN_SPECS = [
