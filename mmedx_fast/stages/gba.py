@@ -166,7 +166,7 @@ class _Trainer:
                 self.stage, self.policy, self.questions, self.cfg.data.train
             )
             self.meter: PhaseMeter = PhaseMeter(meter_state)
-            self.rates = step_rates(self.policy, self.cfg, full=self.gba.finetuning_type == "full")
+            self.rates = step_rates(self.policy, self.cfg, full=self.full, engine=True)
             if self.async_steps and 0 < done < self.gba.steps and ranks.is_main():
                 self.ahead.restore(extra.get("ahead"), done + 1, self.questions_of(done + 1))
             bound = RowBound(self.gba, extra.get("row_tokens"))
