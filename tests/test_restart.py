@@ -297,11 +297,14 @@ def test_rows_that_do_not_fit_are_cut_for_the_rest_of_the_run(
     saved = load_latest(tmp_path / "run" / "gba")
     assert saved is not None and max(after) <= saved[2]["extra"]["row_tokens"] < longest
     assert saved[2]["extra"]["data"]["count"] > 0
+    assert saved[2]["meter"]["start"]["seconds"] > 0
     memory.shrinks_at = 0
     del memory.lengths[:]
     found = train()
     assert caplog.text.count("out of memory on a row of") == 1 and memory.lengths
     close(found, unbroken)
+    phases = json.loads((found / "done.json").read_text())["result"]["phases"]
+    assert phases["checkpoint"]["seconds"] > 0 and phases["start"]["calls"] == 2
 
 
 def test_a_rollout_that_does_not_fit_alone_names_the_settings(

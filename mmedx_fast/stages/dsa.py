@@ -7,6 +7,7 @@ once for all four guidelines.
 from __future__ import annotations
 
 import logging
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
     from mmedx_fast.cost import PhaseMeter
     from mmedx_fast.policy import Policy
 
+    began = time.perf_counter()
     cfg, dsa = ctx.cfg, ctx.cfg.dsa
     questions = training_questions(ctx, specialty)
     seed_everything(cfg.seed)
@@ -141,6 +143,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
         check_tree(policy, questions[0], [key or None for key in questions[0].record.reasoning])
         done, meter_state, extra = load_progress(stage, policy, questions, cfg.data.train)
         meter, rates = PhaseMeter(meter_state), step_rates(policy, cfg)
+        meter.add("start", time.perf_counter() - began, calls=1)
         bound = RowBound(cfg.gba, extra.get("row_tokens"))
         bad_steps = BadSteps(stage, dsa.optimizer, "dsa.optimizer", extra.get("bad_steps", 0))
         order = list(
@@ -166,7 +169,8 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
                         "row_tokens": bound.tokens,
                         "bad_steps": bad_steps.in_a_row,
                     }
-                    save_progress(stage, step, policy, meter, cfg, extra)
+                    with meter.phase("checkpoint"):
+                        save_progress(stage, step, policy, meter, cfg, extra)
                     if stopping:
                         raise Stopped(f"DSA {specialty} stopped after step {step}; it is saved")
                 bar.update(1, loss=metrics["loss"])

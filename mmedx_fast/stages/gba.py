@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,7 @@ class _Trainer:
         from mmedx_fast.policy import Policy
         from mmedx_fast.rewards import RewardRunner
 
+        self.began = time.perf_counter()
         self.ctx, self.stage, self.cfg = ctx, stage, ctx.cfg
         self.gba = ctx.cfg.gba
         self.full = self.gba.finetuning_type == "full"
@@ -166,6 +168,7 @@ class _Trainer:
                 self.stage, self.policy, self.questions, self.cfg.data.train
             )
             self.meter: PhaseMeter = PhaseMeter(meter_state)
+            self.meter.add("start", time.perf_counter() - self.began, calls=1)
             self.rates = step_rates(self.policy, self.cfg, full=self.full, engine=True)
             if self.async_steps and 0 < done < self.gba.steps and ranks.is_main():
                 self.ahead.restore(extra.get("ahead"), done + 1, self.questions_of(done + 1))
@@ -198,7 +201,10 @@ class _Trainer:
                         }
                         if self.async_steps:
                             extra["ahead"] = self.ahead.state(step + 1)
-                        save_progress(self.stage, step, self.policy, self.meter, self.cfg, extra)
+                        with self.meter.phase("checkpoint"):
+                            save_progress(
+                                self.stage, step, self.policy, self.meter, self.cfg, extra
+                            )
                         if stopping:
                             raise Stopped(f"GBA stopped after step {step}; it is saved")
                     bar.update(1, reward=metrics["reward"])
