@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmedx_fast.config import RolloutConfig
 
 COMPUTE_SHARE = 0.40
 """Part of the dense bf16 peak that training sustains."""
@@ -82,3 +87,17 @@ def match_gpu(device: str) -> Gpu | None:
     if {"pcie", "nvl", "laptop"} & set(words):
         return None
     return next((GPUS[word] for word in words if word in GPUS), None)
+
+
+def engine_gpus(rollout: RolloutConfig, ranks: int) -> int:
+    """GPUs that the rollout engine holds beside those of ``ranks`` training processes, as far as the
+    configuration says: servers elsewhere are taken to have ``tensor_parallel_size`` each."""
+    if rollout.server_urls:
+        return len(rollout.server_urls) * rollout.tensor_parallel_size
+    if rollout.server_gpus is None:
+        return max(0, rollout.tensor_parallel_size - ranks)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    mine = visible.split(",")[:here] if visible else map(str, range(here))
+    theirs = {name.strip() for name in rollout.server_gpus.split(",")}
+    return len(theirs - {name.strip() for name in mine})

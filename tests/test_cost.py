@@ -23,7 +23,7 @@ from mmedx_fast.flops import (
     train_flops,
     tree_counts,
 )
-from mmedx_fast.gpus import GPUS, find_gpu, match_gpu
+from mmedx_fast.gpus import GPUS, engine_gpus, find_gpu, match_gpu
 from mmedx_fast.meter import StepRates
 
 SEVEN_B = ModelShape.from_config(KNOWN_MODELS["qwen2.5-vl-7b-instruct"])
@@ -754,3 +754,41 @@ def test_a_model_in_the_hub_cache_is_planned_from_its_own_sizes(tmp_path, monkey
     (model / "snapshots" / "0a1b").mkdir(parents=True)
     (model / "snapshots" / "0a1b" / "config.json").write_text(json.dumps(_small_config()))
     assert plan(cfg)["model"]["parameters"] == ModelShape.from_config(_small_config()).params
+
+
+@pytest.mark.parametrize(
+    ("rollout", "ranks", "visible", "beside"),
+    [
+        ({}, 2, None, 0),
+        ({"tensor_parallel_size": 4}, 1, None, 3),  # the trainer's GPU is one of them
+        ({"engine": "server"}, 2, None, 0),
+        ({"engine": "server", "server_gpus": "4,5", "tensor_parallel_size": 2}, 4, None, 2),
+        ({"engine": "server", "server_gpus": "1, 2"}, 2, None, 1),
+        ({"engine": "server", "server_gpus": "0"}, 1, "3,0", 1),
+        ({"engine": "server", "server_urls": ["http://a:1", "http://b:1"]}, 1, None, 2),
+        (
+            {"engine": "server", "server_urls": ["http://a:1"], "tensor_parallel_size": 2},
+            *(8, None, 2),
+        ),
+    ],
+)
+def test_gpus_of_the_engine_are_on_the_bill(rollout, ranks, visible, beside, monkeypatch) -> None:
+    from mmedx_fast import ranks as launch
+    from mmedx_fast.stages.common import step_rates
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cfg = _cfg(rollout=rollout)
+    assert engine_gpus(cfg.rollout, ranks) == beside
+    monkeypatch.setattr(launch, "world_size", lambda: ranks)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA H100")
+    config = SimpleNamespace(to_dict=_small_config)
+    policy = SimpleNamespace(
+        device=SimpleNamespace(type="cuda"),
+        module=SimpleNamespace(base=SimpleNamespace(config=config)),
+        tower_frozen=True,
+    )
+    assert step_rates(policy, cfg, engine=True).gpus == ranks + beside
+    assert step_rates(policy, cfg).gpus == ranks  # no engine works for the experts

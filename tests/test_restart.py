@@ -426,11 +426,14 @@ def test_rows_that_do_not_fit_are_cut_for_the_rest_of_the_run(
     bound = saved[2]["extra"]["row_bound"]
     assert bound["setting"] == 8192 and max(after) <= bound["tokens"] < longest
     assert saved[2]["extra"]["data"]["count"] > 0
+    assert saved[2]["meter"]["start"]["seconds"] > 0
     memory.shrinks_at = 0
     del memory.lengths[:]
     found = train()
     assert caplog.text.count("out of memory on a row of") == 1 and memory.lengths
     close(found, unbroken)
+    phases = json.loads((found / "done.json").read_text())["result"]["phases"]
+    assert phases["checkpoint"]["seconds"] > 0 and phases["start"]["calls"] == 2
 
 
 def test_a_raised_bound_counts_in_a_run_that_goes_on() -> None:

@@ -153,21 +153,26 @@ def row_tokens(rows: Iterable[PackedRow]) -> tuple[int, int]:
     return plain, computed
 
 
-def step_rates(policy: Policy, cfg: Config, *, full: bool = False) -> StepRates:
-    """What turns this policy's steps into rates: tokens a second, MFU, GPU hours."""
+def step_rates(
+    policy: Policy, cfg: Config, *, full: bool = False, engine: bool = False
+) -> StepRates:
+    """What turns this policy's steps into rates: tokens a second, MFU, GPU hours (with those of the rollout
+    ``engine`` where the stage has one)."""
     import torch
 
     from mmedx_fast import ranks
     from mmedx_fast.flops import ModelShape
-    from mmedx_fast.gpus import match_gpu
+    from mmedx_fast.gpus import engine_gpus, match_gpu
     from mmedx_fast.meter import StepRates
 
     cuda = policy.device.type == "cuda"
+    world = ranks.world_size()
+    beside = engine_gpus(cfg.rollout, world) if engine else 0
     return StepRates(
         ModelShape.from_config(policy.module.base.config.to_dict()),
         cfg.lora.r,
         match_gpu(torch.cuda.get_device_name(policy.device)) if cuda else None,
-        ranks.world_size() if cuda else 0,
+        world + beside if cuda else 0,
         full,
         not policy.tower_frozen,
     )

@@ -7,6 +7,7 @@ once for all four guidelines.
 from __future__ import annotations
 
 import logging
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
     from mmedx_fast.cost import PhaseMeter
     from mmedx_fast.policy import Policy
 
+    began = time.perf_counter()
     cfg, dsa = ctx.cfg, ctx.cfg.dsa
     questions = training_questions(ctx, specialty)
     seed_everything(cfg.seed)
@@ -142,6 +144,7 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
         check_tree(policy, questions, lambda q: [key or None for key in q.record.reasoning])
         done, meter_state, extra = load_progress(stage, policy, questions, cfg.data.train)
         meter, rates = PhaseMeter(meter_state), step_rates(policy, cfg)
+        meter.add("start", time.perf_counter() - began, calls=1)
         bound = RowBound(cfg.gba, extra.get("row_bound"), stage.dir)
         bad_steps = BadSteps(stage, dsa.optimizer, "dsa.optimizer", extra.get("bad_steps", 0))
         order = list(
@@ -167,7 +170,8 @@ def _train_expert(ctx: Context, stage: Stage, specialty: str) -> None:
                         "row_bound": bound.state,
                         "bad_steps": bad_steps.in_a_row,
                     }
-                    save_progress(stage, step, policy, meter, cfg, extra)
+                    with meter.phase("checkpoint"):
+                        save_progress(stage, step, policy, meter, cfg, extra)
                     if stopping:
                         ranks.barrier()  # a rank that ends makes launchers end those that still write
                         raise Stopped(f"DSA {specialty} stopped after step {step}; it is saved")

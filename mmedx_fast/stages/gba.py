@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -126,6 +127,7 @@ class _Trainer:
         from mmedx_fast.policy import Policy
         from mmedx_fast.rewards import RewardRunner
 
+        self.began = time.perf_counter()
         self.ctx, self.stage, self.cfg = ctx, stage, ctx.cfg
         self.gba = ctx.cfg.gba
         self.full = self.gba.finetuning_type == "full"
@@ -168,7 +170,8 @@ class _Trainer:
                 self.stage, self.policy, self.questions, self.cfg.data.train
             )
             self.meter: PhaseMeter = PhaseMeter(meter_state)
-            self.rates = step_rates(self.policy, self.cfg, full=self.gba.finetuning_type == "full")
+            self.meter.add("start", time.perf_counter() - self.began, calls=1)
+            self.rates = step_rates(self.policy, self.cfg, full=self.full, engine=True)
             self.restore_ahead(done, extra)
             bound = RowBound(self.gba, extra.get("row_bound"), self.stage.dir)
             self.learner = Learner(self.cfg, self.policy, self.meter, self.rates, bound)
@@ -237,7 +240,8 @@ class _Trainer:
         }
         if self.async_steps:
             extra["ahead"] = self.ahead.state(step + 1)
-        save_progress(self.stage, step, self.policy, self.meter, self.cfg, extra)
+        with self.meter.phase("checkpoint"):
+            save_progress(self.stage, step, self.policy, self.meter, self.cfg, extra)
         self.saved = step
 
     def go_on(self, step: int) -> None:
