@@ -13,6 +13,8 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
+from mmedx_fast.scoring_denials import takes_back
+
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _ANSWER_LINE = re.compile(r"answer(?:\s+is\b\s*:?|[\s*]*:)[ \t]*", re.IGNORECASE)
@@ -24,13 +26,9 @@ _HEDGE = re.compile(
     r"(?:or|and|/|,|&)\s*[*_(\[]*[A-Za-z](?![A-Za-z])|[*_(\[]*[A-Za-z](?:[)\].:,*_]|$)",
     re.IGNORECASE,
 )
-_DENIED = re.compile(
-    r"(?:(?:is|was|would be|seems|cannot be|can't be)\s+)?(?:not|wrong|incorrect|false|unlikely"
-    r"|less likely|ruled out|excluded)\b|(?:isn't|wasn't|cannot|can't)\b",
-    re.IGNORECASE,
-)
 _MARKED = re.compile(r"(?<![A-Za-z0-9'])([A-Z])(?:[)\].:*_]|\s*$)")
 _STRIP = " \t\n.,;:!?\"'`*_\u3002\uff0c\uff1a"  # not + and -: "HER2+" and "HER2-" are two options
+_TAIL = re.compile(r"[)\]\s.,;:!?\"'*_]*(?:\s-)?\s*")
 _BRACKETED = re.compile(r"\(([^()]*)\)|\[([^\[\]]*)\]")
 _MEDEVALKIT_MARKERS = (
     "**answer**:", "**answer**", "*answer*:", "**answer:**", "answer is", "answer:",
@@ -130,7 +128,7 @@ def match_option(span: str, options: Mapping[str, str]) -> str | None:
     A lone letter in range (brackets, stars and a stop allowed), else the exact normalised text of
     just one option, else a letter with its mark followed by more ("B. Pericarditis"); the article
     of "A patient ..." is no letter, a second letter or another option's text after the first is a
-    hedge, and "B) is wrong" states nothing.
+    hedge, and a letter that the text after it takes back ("B) is wrong", "B. The kidney") states nothing.
     """
     letters = {letter.upper(): letter for letter in options}
     alone = _LETTER_ALONE.fullmatch(span)
@@ -157,14 +155,15 @@ def _stands(letter: str, rest: str, span: str, options: Mapping[str, str]) -> bo
     option's name or shortens it ("E. coli", "A. fumigatus").
     """
     stated = normalise(rest)
-    if stated == normalise(options[letter]):
+    mine = normalise(options[letter])
+    if mine and stated.startswith(mine) and _TAIL.fullmatch(stated, len(mine)):
         return True
-    if _HEDGE.match(rest) or _DENIED.match(rest):
+    if _HEDGE.match(rest) or takes_back(letter, rest, options):
         return False
     if any(m.group(1) in options and m.group(1) != letter for m in _MARKED.finditer(rest)):
         return False
     words = set(re.findall(r"\w+", stated))
-    own = words & set(re.findall(r"\w+", normalise(options[letter])))
+    own = words & set(re.findall(r"\w+", mine))
     for key, text in options.items():
         other = normalise(text)
         if key != letter and other and (stated == other or _begins(span, other)):
