@@ -26,9 +26,10 @@ from mmedx_fast.evaluation.journal import Journal, JournalError, entries
 from mmedx_fast.evaluation.medevalkit import MedEvalKitPrompts
 from mmedx_fast.evaluation.metrics import metrics_of, read_rows, summarise
 from mmedx_fast.evaluation.results import NothingAnsweredError, conclude
+from mmedx_fast.evaluation.rows import prediction_row
 from mmedx_fast.evaluation.votes import ks, majority_vote, pass_at_k
 from mmedx_fast.prompts import PromptBuilder
-from mmedx_fast.rollout import Sampling, create_engine
+from mmedx_fast.rollout import Rollout, Sampling, create_engine
 from mmedx_fast.tiny import assets_folder
 from tests._canned import CannedEngine, CannedPrompts, records
 
@@ -377,6 +378,29 @@ def test_open_closed_and_yes_no_questions_in_both_prompts(
         guided = {row["guideline"] for row in rows}
         assert guided == ({None} if name == "medevalkit" else set(GUIDELINE_NAMES))
         assert (found["adherence"] == {}) == (name == "medevalkit")
+
+
+def answered(text: str, **more: Any) -> Rollout:
+    return Rollout(
+        question=0, sample=0, prompt_ids=[1], token_ids=[1, 2], logprobs=[-0.1, -0.1],
+        finish_reason="stop", text=text, **{"guideline": None} | more,
+    )  # fmt: skip
+
+
+def test_adherence_is_none_where_the_question_has_no_findings() -> None:
+    trace = (
+        "A blunted costophrenic angle with a meniscus and a basal opacity is classic for pleural "
+        "effusion. The answer is pleural effusion."
+    )
+    answer = answered(
+        f"<think>{trace}</think><answer>pleural effusion</answer>", guideline="intuitive"
+    )
+    stem = {"question": "What abnormality is seen in this chest X-ray?"}
+    asked = plain("open", "pleural effusion", **stem)
+    assert prediction_row(asked, "mine", [answer])["adherence"] is None
+    shown = {"findings": ["blunted costophrenic angle", "meniscus", "basal opacity"]}
+    told = plain("open", "pleural effusion", **stem, meta=shown)
+    assert prediction_row(told, "mine", [answer])["adherence"] == 1.0
 
 
 def test_medevalkit_prompts_are_its_own_words(builder: PromptBuilder) -> None:

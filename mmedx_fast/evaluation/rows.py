@@ -112,17 +112,20 @@ def _answer(record: Record, rollout: Rollout, bare: bool) -> dict[str, Any]:
 
 
 def _followed(record: Record, rollout: Rollout, predicted: str | None) -> float | None:
-    """Adherence to the guideline that the question was asked under; None where it was asked without one."""
+    """Adherence to the guideline that the question was asked under; None where it was asked without one, or
+    has too few findings for any.
+    """
     if rollout.guideline is None:
         return None
-    return adherence(
+    found = adherence(
         think_text(rollout.text),
         rollout.guideline,
         question=record.question,
         options=record.options,
         answer=predicted,
         findings=image_findings(record.meta),
-    ).score
+    )
+    return found.score if found.applies else None
 
 
 def gold_answer(record: Record) -> str:
