@@ -233,17 +233,23 @@ def _medevalkit_parse(response: str) -> str:
 
 
 def medevalkit_score(
-    text: str, options: Mapping[str, str] | None, answer: str, *, answer_tag: bool = True
+    text: str,
+    options: Mapping[str, str] | None,
+    answer: str,
+    *,
+    answer_tag: bool = True,
+    raw_gold: bool = False,
 ) -> float:
     """1.0 or 0.0 as MedEvalKit's rule-based judges would say (no LLM judge).
 
     ``answer_tag`` takes the ``<answer>`` contents first, as its MedXpertQA and OmniMedVQA tasks do
-    (PMC-VQA does not). Options are compared in the form "B. text". Without ``options`` the yes/no,
-    closed and open rules apply to a text answer. MedEvalKit has no unparsed state: what it cannot
-    read becomes the most similar option, the first one on a tie.
+    (PMC-VQA does not). ``raw_gold`` takes the yes/no rule for a gold "yes" or "no" alone, as its SLAKE
+    task does: "Yes" is matched as a whole there. Options are compared in the form "B. text". Without
+    ``options`` the yes/no, closed and open rules apply to a text answer. MedEvalKit has no unparsed
+    state: what it cannot read becomes the most similar option, the first one on a tie.
     """
     if options is None:
-        return _medevalkit_text(text, answer)
+        return _medevalkit_text(text, answer, raw_gold)
     if answer_tag:
         text = _tag_content(text)
     letters = [letter.lower() for letter in options]
@@ -265,11 +271,11 @@ def medevalkit_score(
     return float(letters[index] == gold)
 
 
-def _medevalkit_text(text: str, answer: str) -> float:
+def _medevalkit_text(text: str, answer: str, raw_gold: bool) -> float:
     boxed = last_boxed(text)
     response = (_tag_content(text) if boxed is None else boxed).lower()
     gold = answer.strip().lower()
-    if gold in ("yes", "no"):  # a substring rule: "nodule" holds a "no"
+    if (answer if raw_gold else gold) in ("yes", "no"):  # a substring rule: "nodule" holds a "no"
         other = "no" if gold == "yes" else "yes"
         return float(gold in response and other not in response)
     return float(

@@ -403,6 +403,20 @@ def test_adherence_is_none_where_the_question_has_no_findings() -> None:
     assert prediction_row(told, "mine", [answer])["adherence"] == 1.0
 
 
+def test_the_medevalkit_column_follows_its_rule_for_the_data_set() -> None:
+    def scored(text: str, record: Record) -> bool:
+        return bool(prediction_row(record, "mine", [answered(text)])["correct_medevalkit"])
+
+    chosen: dict[str, Any] = {"options": {"A": "CT", "B": "MRI", "C": "PET"}, "answer_label": "B"}
+    text = "<think>mri</think><answer>C</answer>\n\nB"  # the last paragraph counts without the tag
+    for dataset, right in (("pmc_vqa", True), ("omnimedvqa", False), ("medxpertqa", False)):
+        assert scored(text, plain("mcq", "MRI", dataset=dataset, **chosen)) is right
+    for dataset, right in (("slake", False), ("vqa_rad", True), ("pathvqa", True)):
+        assert scored("Yes, it is", plain("yesno", "Yes", dataset=dataset)) is right
+        assert scored("Yes, it is", plain("yesno", "yes", dataset=dataset))
+        assert scored("yes", plain("yesno", "Yes", dataset=dataset))
+
+
 def test_medevalkit_prompts_are_its_own_words(builder: PromptBuilder) -> None:
     parity = MedEvalKitPrompts.from_folder(assets_folder(), DATA)
     choice = next(records(1))

@@ -312,6 +312,21 @@ def test_medevalkit_closed_and_open_rules(text: str, gold: str, score: float) ->
 
 
 @pytest.mark.parametrize(
+    ("text", "gold", "raw", "any_case"),
+    [
+        ("yes", "Yes", 1.0, 1.0),
+        ("Yes.", "Yes", 1.0, 1.0),
+        ("Yes, it is", "Yes", 0.0, 1.0),
+        ("It is abnormal", "No", 0.0, 1.0),
+        ("Yes, it is", "yes", 1.0, 1.0),
+    ],
+)
+def test_medevalkit_raw_gold_switch(text: str, gold: str, raw: float, any_case: float) -> None:
+    assert medevalkit_score(text, None, gold, raw_gold=True) == raw
+    assert medevalkit_score(text, None, gold) == any_case
+
+
+@pytest.mark.parametrize(
     ("text", "good"),
     [
         ("<think>a\nb</think><answer>B</answer>", True),

@@ -20,6 +20,11 @@ from mmedx_fast.scoring import (
     think_text,
 )
 
+# Where MedEvalKit's task for a data set departs from its others.
+_MEDEVALKIT_RULES: dict[str, dict[str, bool]] = {
+    "pmc_vqa": {"answer_tag": False},
+    "slake": {"raw_gold": True},
+}
 _LONGEST_META = 200
 _OF_A_SAMPLE = (
     "guideline",
@@ -104,7 +109,11 @@ def _answer(record: Record, rollout: Rollout, bare: bool) -> dict[str, Any]:
         "tokens": len(rollout.token_ids),
         "predicted": predicted,
         "correct": correct,
-        "correct_medevalkit": bool(medevalkit_score(text, record.options, gold)),
+        "correct_medevalkit": bool(
+            medevalkit_score(
+                text, record.options, gold, **_MEDEVALKIT_RULES.get(record.dataset, {})
+            )
+        ),
         "format_ok": format_ok(text),
         "adherence": _followed(record, rollout, predicted),
         "logprob": sum(rollout.logprobs) / max(1, len(rollout.logprobs)),
