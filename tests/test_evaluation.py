@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from mmedx_fast.config import Config, ConfigError, DataConfig, EvalConfig, load_config
 from mmedx_fast.data.records import GUIDELINE_NAMES, ImageRef, Record
+from mmedx_fast.eval_breakdown import group_of
 from mmedx_fast.evaluation.asking import Asking
 from mmedx_fast.evaluation.chunks import Questioner
 from mmedx_fast.evaluation.journal import Journal, JournalError, entries
@@ -415,6 +416,16 @@ def test_the_medevalkit_column_follows_its_rule_for_the_data_set() -> None:
         assert scored("Yes, it is", plain("yesno", "Yes", dataset=dataset)) is right
         assert scored("Yes, it is", plain("yesno", "yes", dataset=dataset))
         assert scored("yes", plain("yesno", "Yes", dataset=dataset))
+
+
+def test_lists_of_strings_are_kept_to_be_broken_down_by() -> None:
+    meta = {
+        "modality": ["MRI", "CT"], "organs": ("liver",), "boxes": [[0, 1]], "ids": [1, 2],
+        "traces": {"a": 1}, "long": ["x" * 300], "system": "Nervous",
+    }  # fmt: skip
+    row = prediction_row(plain("open", "a cyst", meta=meta), "mine", [answered("a cyst")])
+    assert row["meta"] == {"modality": ["MRI", "CT"], "organs": ["liver"], "system": "Nervous"}
+    assert group_of(row, "modality") == "CT, MRI"
 
 
 def test_medevalkit_prompts_are_its_own_words(builder: PromptBuilder) -> None:

@@ -149,9 +149,16 @@ def image_findings(meta: dict[str, Any]) -> tuple[str, ...]:
 
 
 def meta_columns(meta: dict[str, Any]) -> dict[str, Any]:
-    """The short single values among a record's further columns: what results are broken down by."""
+    """The short single values and lists of strings among a record's further columns: what results are
+    broken down by.
+    """
     return {
-        key: value
+        key: list(value) if isinstance(value, tuple) else value
         for key, value in meta.items()
-        if isinstance(value, str | int | float | bool) and len(str(value)) <= _LONGEST_META
+        if (isinstance(value, str | int | float | bool) or _is_strings(value))
+        and len(str(value)) <= _LONGEST_META
     }
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
