@@ -23,9 +23,10 @@ _DECIMAL = re.compile(
 )
 _DIRECTION = re.compile(
     r"\b(?:(?P<up>increas\w*|rais(?:e[sd]?|ing)|ris(?:es?|ing)|rose|boost\w*|climb\w*|up|lift\w*"
-    r"|jump\w*|strengthen\w*|grow\w*|higher)|(?P<down>lower\w*|reduc\w*|decreas\w*|drop\w*|falls?"
+    r"|jump\w*|elevat\w*|bump\w*|strengthen\w*|grow\w*|higher)|(?P<down>lower\w*|reduc\w*|decreas\w*|drop\w*|falls?"
     r"|falling|fell|down|diminish\w*|shrink\w*|weaken\w*|cuts?)|(?P<any>updat\w*|revis\w*|chang\w*"
-    r"|becom\w*|shift\w*|bring\w*|mov(?:es?|ing)|likelihood ratio|lr))\b"
+    r"|becom\w*|shift\w*|bring\w*|brought|mov(?:e[sd]?|ing)|push(?:e[sd]|ing)?|tak(?:e[ns]?|ing)|took"
+    r"|driv(?:e[ns]?|ing)|drove|sen(?:ds?|ding|t)|adjust\w*|likelihood ratio|lr))\b"
 )
 _FROM = re.compile(r"\bfrom\s+(?:about\s+|around\s+|roughly\s+)?$")
 _BY = re.compile(r"\bby\s+(?:about\s+|around\s+|roughly\s+)?$")

@@ -12,14 +12,14 @@ from mmedx_fast.guideline_lexicon import (
     CAUSE,
     CUE_STEMS,
     EXCLUDE,
-    MECHANISM_PATTERN,
     NEGATED_CAUSE,
     PROBABILITY,
     REASON,
     SUPPORT,
     affirmed,
+    mechanisms,
 )
-from mmedx_fast.guideline_trace import Trace
+from mmedx_fast.guideline_trace import Causal, Trace
 
 
 def _differential(trace: Trace) -> dict[str, bool]:
@@ -89,21 +89,38 @@ def _analytic(trace: Trace) -> dict[str, bool]:
         and not s.letters - {trace.winner}
         for s in trace.sentences
     )
-    found = set().union(*(s.findings for s in sentences)) if causal else set()
     explains = any(
-        trace.case.findings_in(effect)
-        and MECHANISM_PATTERN.search(" ".join(origin - trace.case.finding_stems))
+        trace.case.findings_in(effect) and mechanisms(origin - trace.case.finding_stems)
         for _, _, effect, origin, _ in causal
     )
+    ties = [tied for link in causal if (tied := _tied(trace, link))]
     chain = any(
         causal[i][2] & causal[j][1] for i in range(len(causal)) for j in range(i + 1, len(causal))
     )
     return {
         "A1_causal": len(causal) >= 2 and not denied,
         "A2_mechanism": len(terms) >= 2,
-        "A3_explains": explains and len(found) >= min(2, len(trace.case.findings)),
+        "A3_explains": explains and len(ties) >= 2 and len(set().union(*ties)) >= 2,
         "A4_chain": len(causal) >= 2 and (chain or len(causal) >= 3),
     }
+
+
+def _tied(trace: Trace, link: Causal) -> set[int]:
+    """The findings on one side of a causal sentence that has a mechanism on the other.
+
+    A word that is a mechanism itself names no finding of further words: "fluid leads to pressure" is
+    no word on the "spinal fluid".
+    """
+    sentence, _, effect, origin, _ = link
+    found: set[int] = set()
+    for side, other in ((effect, origin), (origin, effect)):
+        if mechanisms(other - trace.case.finding_stems):
+            for index in trace.case.findings_in(side):
+                words = trace.case.findings[index]
+                plain = words - mechanisms(words)
+                if not plain or plain & side:
+                    found.add(index)
+    return found & sentence.findings
 
 
 def _bayesian(trace: Trace) -> dict[str, bool]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-from mmedx_fast.guideline_text import content_stems
+from mmedx_fast.guideline_text import content_stems, stem
 
 _DIAGNOSIS_IS = r"(?:answer|(?<!differential )(?<!possible )diagnosis)(?: is|:| must be)"
 CONCLUDE = re.compile(
@@ -84,10 +85,11 @@ MECHANISM: tuple[str, ...] = tuple(
     synovi tendon degenerat atroph hypertroph hyperplas dysplas regurgit stenos valve conduction
     repolari depolari filtrat glomerul tubul reabsorb peristal motil sphincter bile reflux
     stimul inhibit activat accumulat deposit fail energy shear force load trauma
-    damag injur radiat ultraviolet erosi erod traction tension rotat herniat displac expan
+    damag injur irritat elevation radiat ultraviolet erosi erod traction tension rotat herniat displac expan
     destruct swell mass""".split()
 )
 MECHANISM_PATTERN = re.compile(r"\b(" + "|".join(sorted(MECHANISM, key=len, reverse=True)) + r")")
+_MECHANISM_STEMS = frozenset(stem(word) for word in MECHANISM)
 # "the of", "with because", "leads to.": word soup, in which cues, findings and options meet by
 # chance.
 BROKEN = re.compile(
@@ -111,6 +113,12 @@ CUE_STEMS = content_stems(
     "leading results resulting causes causing caused produces triggers response conclude concluded "
     "conclusion unlikely absence lacks lacking missing clear would does points raises lowers"
 )
+
+
+def mechanisms(stems: Iterable[str]) -> set[str]:
+    """Those of the stems that are of a mechanism; stemming has cut some below their prefix
+    ("cytokin", "compres")."""
+    return {word for word in stems if word in _MECHANISM_STEMS or MECHANISM_PATTERN.match(word)}
 
 
 def affirmed(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:

@@ -55,6 +55,19 @@ _GENERIC = frozenset(
     probability prior posterior percent evidence choose select name
     given support supports""".split()
 )
+# Words of any question about a picture: no finding either, but they break none up ("pleuritic chest pain").
+_OF_PICTURES = frozenset(
+    """abnormal abnormality abnormalities technique techniques organ organs part parts body chest modality
+    modalities system systems use used uses using obtain obtained obtaining acquire acquired acquisition
+    taken performed captured ray rays visible visualized visualised located location localized lesion
+    lesions area areas region regions structure structures anatomy anatomical anatomic type types kind plane
+    view views slice section pathology pathological process object objects arrow arrows indicated pointed
+    labeled labelled marked highlighted identify identified identifiable depict depicts depicted represent
+    represents represented represent describe described describes demonstrate demonstrates demonstrated
+    display displayed appear appears appearance contain contains observe observed detect detected major main
+    primary principal specific correct true false statement following scanner weighted contrast
+    suggest suggests suggested explain explains fits""".split()
+)
 _SUFFIX = re.compile(r"(?:ations?|ings?|edly|ed|es|s|ly|ically|ical|ic|al|ous|ity|y|e)$")
 
 
@@ -69,6 +82,7 @@ def stem(word: str) -> str:
 
 
 _GENERIC_STEMS = frozenset(stem(word) for word in _GENERIC)
+_PICTURE_STEMS = frozenset(stem(word) for word in _OF_PICTURES)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -77,7 +91,7 @@ def content_stem(word: str) -> str:
     if word in FUNCTION_WORDS or word.isdigit() or len(word) < 3:
         return ""
     found = stem(word)
-    return "" if found in _GENERIC_STEMS else found
+    return "" if found in _GENERIC_STEMS or found in _PICTURE_STEMS else found
 
 
 def content_stems(text: str) -> set[str]:
@@ -114,6 +128,8 @@ class Case:
                 if not _STEM_ABSENCE.search(part):
                     present.add(frozenset(run))
         self._present = present
+        named = [frozenset(content_stems(text.lower())) for _, text in options]
+        self.own_findings = sum(chunk not in named for chunk in chunks)
         self.findings: tuple[frozenset[str], ...] = tuple(chunks)
         self.finding_stems = frozenset().union(*self.findings) if self.findings else frozenset()
         texts = {letter: WORD.findall(text.lower()) for letter, text in options}
@@ -200,7 +216,7 @@ def _content_runs(part: str) -> Iterable[list[str]]:
         found = content_stem(word)
         if found:
             run.append(found)
-        elif run:
+        elif run and stem(word) not in _PICTURE_STEMS:
             yield run
             run = []
     if run:

@@ -19,12 +19,16 @@ Gates of every guideline
                 "therefore" or "thus" concludes on another one, or takes it back ("the answer is
                 never X"); contradiction pays nothing
     backed      no other option is supported by as many sentences of its own as the answer
-    findings    two distinct findings are named (three if intuitive; all, if the stem has fewer)
+    findings    two distinct findings are named (three if intuitive, if the stem has so many;
+                a phrase of three words or more is then two)
 
 A cue that is taken back ("does not support", "never leads to", "not at all typical of") is none.
 A *finding* is a phrase of the question stem (or of ``findings``) named outside an option's text:
-"fever", "tracheal deviation". A sentence that says that a finding of the stem is missing ("without
-fever") names none. All checks are within ONE sentence unless they say otherwise.
+"fever", "tracheal deviation"; words of any vignette or picture ("abnormality", "chest") are none.
+Fewer than two of them, and no guideline applies (``Adherence.applies``): a trace that argues from
+what the image alone shows cannot be told from one that argues from nothing. A sentence that says
+that a finding of the stem is missing ("without fever") names none. All checks are within ONE
+sentence unless they say otherwise.
 
 differential
     D1_list*          a cue (differential, possible, consider, candidates, could be, include) with
@@ -47,8 +51,9 @@ analytic
     A1_causal*        two sentences with because / due to / leads to / results in / causes /
                       causing / in response to ... and content on both sides; none denies a cause
     A2_mechanism*     two distinct mechanism terms (``guideline_lexicon.MECHANISM``) in those
-    A3_explains*      one of them has a mechanism term in its cause and a finding in its effect; all
-                      of them name two findings
+    A3_explains*      one of them has a mechanism term in its cause and a finding in its effect; two
+                      have a mechanism term on one side and a finding on the other, and not the
+                      same finding: a chain of mechanisms explains nothing by itself
     A4_chain*         a word of one's effect is in the cause or topic of a later one, or there are
                       three causal sentences
 bayesian
@@ -91,6 +96,7 @@ from mmedx_fast.guideline_trace import Trace, concluded, read_trace
 from mmedx_fast.scoring import match_option
 
 CORE_PENALTY = 0.3
+MIN_FINDINGS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +109,16 @@ class Guideline:
 
 @dataclasses.dataclass(frozen=True)
 class Adherence:
-    """``score`` in [0, 1] with the gates and criteria it came from."""
+    """``score`` in [0, 1] with the gates and criteria it came from.
+
+    Where the question has too few findings to be argued from, no guideline ``applies``: the score is
+    0, and not to be paid or counted.
+    """
 
     score: float
     gates: dict[str, bool]
     criteria: dict[str, bool]
+    applies: bool = True
 
 
 # The first words differ, so that prompts of one question part only where the guideline begins.
@@ -176,16 +187,26 @@ def _backed(trace: Trace, answer: str | None) -> bool:
     return not votes or max(votes.values()) < max(own, 1)
 
 
+def _weight(trace: Trace) -> int:
+    """How many findings are named; a phrase of three words, all of them said, is two ("pleuritic
+    pain", "after a flight" without a word between)."""
+    said = set().union(*(s.stems for s in trace.sentences if s.findings))
+    named = [trace.case.findings[index] for index in trace.named]
+    return sum(2 if len(phrase) >= 3 and phrase <= said else 1 for phrase in named)
+
+
 def _judge(trace: Trace, guideline: str, gates: dict[str, bool]) -> Adherence:
+    applies = trace.case.own_findings >= MIN_FINDINGS
     foreign = marks_of(trace) - {guideline}
     gates = gates | {"single": len(foreign) < 2}
     criteria = CRITERIA[guideline](trace)
     if guideline == "intuitive":
-        gates["findings"] = len(trace.named) >= min(3, max(1, len(trace.case.findings)))
+        gates["findings"] = _weight(trace) >= min(3, max(1, len(trace.case.findings)))
     else:
         criteria["focus"] = not any(all(CRITERIA[name](trace).values()) for name in foreign)
+    gates["findings"] &= applies
     if not all(gates.values()):
-        return Adherence(0.0, gates, criteria)
+        return Adherence(0.0, gates, criteria, applies)
     score = sum(criteria.values()) / len(criteria)
     core = all(criteria[name] for name in CORE[guideline])
     return Adherence(score if core else CORE_PENALTY * score, gates, criteria)
@@ -224,7 +245,8 @@ def adherence(
     ``think`` is the text inside ``<think>`` alone; ``question`` the stem without options;
     ``answer`` the letter (or option text; without ``options`` the free text) that the completion
     itself gives, whether right or wrong, and None if it gives none, which fails ``agrees``.
-    ``findings`` are further phrases that count as findings, such as the image's description.
+    ``findings`` are further phrases that count as findings, such as the image's description; with
+    fewer than two in all, ``applies`` is False, whatever the text.
     ValueError for an unknown guideline.
     """
     if guideline not in GUIDELINES:

@@ -110,7 +110,8 @@ def guideline_reward(
     gate: str = "weighted",
     **kwargs: Any,
 ) -> list[float | None]:
-    """Adherence in [0, 1] to the row's guideline; None for a row without one.
+    """Adherence in [0, 1] to the row's guideline; None for a row without one, or whose question
+    (with ``findings``) has fewer than two findings to argue from.
 
     Judged against the answer the completion itself gives. ``gate`` says what a wrong answer leaves
     of it: "weighted" the share ``on_wrong``, "correct" nothing, "none" all of it. With
@@ -135,19 +136,22 @@ def guideline_reward(
             rewards.append(None)
             continue
         text = completion_text(completions[row])
-        if require_format and not format_ok(text):
-            rewards.append(0.0)
-            continue
-        score = adherence(
+        found = adherence(
             think_text(text),
             name,
             question=stems[row],
             options=choices[row],
             answer=extract_answer(text, choices[row]),
             findings=tuple(phrases[row] or ()),
-        ).score
+        )
+        if not found.applies:  # for no completion of the row, so that none is paid beside another
+            rewards.append(None)
+            continue
+        if require_format and not format_ok(text):
+            rewards.append(0.0)
+            continue
         right = on_wrong == 1.0 or strict_score(text, choices[row], golds[row]) == 1.0
-        rewards.append(score if right else score * on_wrong)
+        rewards.append(found.score if right else found.score * on_wrong)
     return rewards
 
 

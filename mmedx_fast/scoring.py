@@ -13,6 +13,8 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
+from mmedx_fast.scoring_denials import takes_back
+
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _ANSWER_LINE = re.compile(r"answer(?:\s+is\b\s*:?|[\s*]*:)[ \t]*", re.IGNORECASE)
@@ -24,13 +26,9 @@ _HEDGE = re.compile(
     r"(?:or|and|/|,|&)\s*[*_(\[]*[A-Za-z](?![A-Za-z])|[*_(\[]*[A-Za-z](?:[)\].:,*_]|$)",
     re.IGNORECASE,
 )
-_DENIED = re.compile(
-    r"(?:(?:is|was|would be|seems|cannot be|can't be)\s+)?(?:not|wrong|incorrect|false|unlikely"
-    r"|less likely|ruled out|excluded)\b|(?:isn't|wasn't|cannot|can't)\b",
-    re.IGNORECASE,
-)
 _MARKED = re.compile(r"(?<![A-Za-z0-9'])([A-Z])(?:[)\].:*_]|\s*$)")
 _STRIP = " \t\n.,;:!?\"'`*_\u3002\uff0c\uff1a"  # not + and -: "HER2+" and "HER2-" are two options
+_TAIL = re.compile(r"[)\]\s.,;:!?\"'*_]*(?:\s-)?\s*")
 _BRACKETED = re.compile(r"\(([^()]*)\)|\[([^\[\]]*)\]")
 _MEDEVALKIT_MARKERS = (
     "**answer**:", "**answer**", "*answer*:", "**answer:**", "answer is", "answer:",
@@ -130,7 +128,7 @@ def match_option(span: str, options: Mapping[str, str]) -> str | None:
     A lone letter in range (brackets, stars and a stop allowed), else the exact normalised text of
     just one option, else a letter with its mark followed by more ("B. Pericarditis"); the article
     of "A patient ..." is no letter, a second letter or another option's text after the first is a
-    hedge, and "B) is wrong" states nothing.
+    hedge, and a letter that the text after it takes back ("B) is wrong", "B. The kidney") states nothing.
     """
     letters = {letter.upper(): letter for letter in options}
     alone = _LETTER_ALONE.fullmatch(span)
@@ -157,14 +155,15 @@ def _stands(letter: str, rest: str, span: str, options: Mapping[str, str]) -> bo
     option's name or shortens it ("E. coli", "A. fumigatus").
     """
     stated = normalise(rest)
-    if stated == normalise(options[letter]):
+    mine = normalise(options[letter])
+    if mine and stated.startswith(mine) and _TAIL.fullmatch(stated, len(mine)):
         return True
-    if _HEDGE.match(rest) or _DENIED.match(rest):
+    if _HEDGE.match(rest) or takes_back(letter, rest, options):
         return False
     if any(m.group(1) in options and m.group(1) != letter for m in _MARKED.finditer(rest)):
         return False
     words = set(re.findall(r"\w+", stated))
-    own = words & set(re.findall(r"\w+", normalise(options[letter])))
+    own = words & set(re.findall(r"\w+", mine))
     for key, text in options.items():
         other = normalise(text)
         if key != letter and other and (stated == other or _begins(span, other)):
@@ -234,17 +233,23 @@ def _medevalkit_parse(response: str) -> str:
 
 
 def medevalkit_score(
-    text: str, options: Mapping[str, str] | None, answer: str, *, answer_tag: bool = True
+    text: str,
+    options: Mapping[str, str] | None,
+    answer: str,
+    *,
+    answer_tag: bool = True,
+    raw_gold: bool = False,
 ) -> float:
     """1.0 or 0.0 as MedEvalKit's rule-based judges would say (no LLM judge).
 
     ``answer_tag`` takes the ``<answer>`` contents first, as its MedXpertQA and OmniMedVQA tasks do
-    (PMC-VQA does not). Options are compared in the form "B. text". Without ``options`` the yes/no,
-    closed and open rules apply to a text answer. MedEvalKit has no unparsed state: what it cannot
-    read becomes the most similar option, the first one on a tie.
+    (PMC-VQA does not). ``raw_gold`` takes the yes/no rule for a gold "yes" or "no" alone, as its SLAKE
+    task does: "Yes" is matched as a whole there. Options are compared in the form "B. text". Without
+    ``options`` the yes/no, closed and open rules apply to a text answer. MedEvalKit has no unparsed
+    state: what it cannot read becomes the most similar option, the first one on a tie.
     """
     if options is None:
-        return _medevalkit_text(text, answer)
+        return _medevalkit_text(text, answer, raw_gold)
     if answer_tag:
         text = _tag_content(text)
     letters = [letter.lower() for letter in options]
@@ -266,11 +271,11 @@ def medevalkit_score(
     return float(letters[index] == gold)
 
 
-def _medevalkit_text(text: str, answer: str) -> float:
+def _medevalkit_text(text: str, answer: str, raw_gold: bool) -> float:
     boxed = last_boxed(text)
     response = (_tag_content(text) if boxed is None else boxed).lower()
     gold = answer.strip().lower()
-    if gold in ("yes", "no"):  # a substring rule: "nodule" holds a "no"
+    if (answer if raw_gold else gold) in ("yes", "no"):  # a substring rule: "nodule" holds a "no"
         other = "no" if gold == "yes" else "yes"
         return float(gold in response and other not in response)
     return float(

@@ -78,6 +78,38 @@ FLOATERS = Case(
     "B",
 )
 
+IMAGING = {"A": "Ultrasound", "B": "Magnetic resonance imaging", "C": "Computed tomography"}
+FILM = {"A": "Pneumonia", "B": "Pneumothorax", "C": "Pleural effusion", "D": "Cardiomegaly"}
+# Questions about an image in which no finding stands.
+SHORT_STEMS = (
+    Case("What abnormality is seen in this chest X-ray?", FILM, "C"),
+    Case("Which imaging modality was used to obtain this image?", IMAGING, "B"),
+    Case(
+        "Which organ system is shown in this part of the body?",
+        {"A": "Respiratory", "B": "Urinary", "C": "Nervous"},
+        "A",
+    ),
+    Case("Is there evidence of an abnormality of the lung in the image?", FILM, "A"),
+    Case("What imaging technique is used here, and where is the lesion located?", IMAGING, "C"),
+)
+# The first of them with what its image shows, and traces that argue from that.
+SHOWN = dataclasses.replace(
+    SHORT_STEMS[0], findings=("blunted costophrenic angle", "meniscus sign", "basal opacity")
+)
+SHOWN_TRACES = {
+    "differential": "The differential includes pneumonia, pleural effusion and pneumothorax. Pneumothorax is "
+    "ruled out by the basal opacity, as air would rise to the apex. The blunted costophrenic angle "
+    "with a meniscus supports pleural effusion. Therefore the answer is C.",
+    "intuitive": "A blunted costophrenic angle with a meniscus at its upper edge and a basal opacity is classic "
+    "for pleural effusion. The answer is pleural effusion.",
+    "analytic": "A raised hydrostatic pressure in the pleural capillaries leads to fluid between lung and wall. "
+    "Gravity draws this fluid down, causing a blunted costophrenic angle. Surface tension of the fluid "
+    "results in the meniscus at its edge. Therefore the answer is pleural effusion.",
+    "bayesian": "The prior probability of pleural effusion is 20%. The blunted costophrenic angle raises it to "
+    "60%. The meniscus with basal opacity raises it to 90%. The posterior probability of pleural "
+    "effusion is 90%, so the answer is C.",
+}  # fmt: skip
+
 TRACES: dict[str, list[tuple[Case, str]]] = {
     "differential": [
         (

@@ -20,15 +20,17 @@ from hypothesis import strategies as st
 
 from mmedx_fast.config import Config, ConfigError, DataConfig, EvalConfig, load_config
 from mmedx_fast.data.records import GUIDELINE_NAMES, ImageRef, Record
+from mmedx_fast.eval_breakdown import group_of
 from mmedx_fast.evaluation.asking import Asking
 from mmedx_fast.evaluation.chunks import Questioner
 from mmedx_fast.evaluation.journal import Journal, JournalError, entries
 from mmedx_fast.evaluation.medevalkit import MedEvalKitPrompts
 from mmedx_fast.evaluation.metrics import metrics_of, read_rows, summarise
 from mmedx_fast.evaluation.results import NothingAnsweredError, conclude
+from mmedx_fast.evaluation.rows import prediction_row
 from mmedx_fast.evaluation.votes import ks, majority_vote, pass_at_k
 from mmedx_fast.prompts import PromptBuilder
-from mmedx_fast.rollout import Sampling, create_engine
+from mmedx_fast.rollout import Rollout, Sampling, create_engine
 from mmedx_fast.tiny import assets_folder
 from tests._canned import CannedEngine, CannedPrompts, records
 
@@ -377,6 +379,53 @@ def test_open_closed_and_yes_no_questions_in_both_prompts(
         guided = {row["guideline"] for row in rows}
         assert guided == ({None} if name == "medevalkit" else set(GUIDELINE_NAMES))
         assert (found["adherence"] == {}) == (name == "medevalkit")
+
+
+def answered(text: str, **more: Any) -> Rollout:
+    return Rollout(
+        question=0, sample=0, prompt_ids=[1], token_ids=[1, 2], logprobs=[-0.1, -0.1],
+        finish_reason="stop", text=text, **{"guideline": None} | more,
+    )  # fmt: skip
+
+
+def test_adherence_is_none_where_the_question_has_no_findings() -> None:
+    trace = (
+        "A blunted costophrenic angle with a meniscus and a basal opacity is classic for pleural "
+        "effusion. The answer is pleural effusion."
+    )
+    answer = answered(
+        f"<think>{trace}</think><answer>pleural effusion</answer>", guideline="intuitive"
+    )
+    stem = {"question": "What abnormality is seen in this chest X-ray?"}
+    asked = plain("open", "pleural effusion", **stem)
+    assert prediction_row(asked, "mine", [answer])["adherence"] is None
+    shown = {"findings": ["blunted costophrenic angle", "meniscus", "basal opacity"]}
+    told = plain("open", "pleural effusion", **stem, meta=shown)
+    assert prediction_row(told, "mine", [answer])["adherence"] == 1.0
+
+
+def test_the_medevalkit_column_follows_its_rule_for_the_data_set() -> None:
+    def scored(text: str, record: Record) -> bool:
+        return bool(prediction_row(record, "mine", [answered(text)])["correct_medevalkit"])
+
+    chosen: dict[str, Any] = {"options": {"A": "CT", "B": "MRI", "C": "PET"}, "answer_label": "B"}
+    text = "<think>mri</think><answer>C</answer>\n\nB"  # the last paragraph counts without the tag
+    for dataset, right in (("pmc_vqa", True), ("omnimedvqa", False), ("medxpertqa", False)):
+        assert scored(text, plain("mcq", "MRI", dataset=dataset, **chosen)) is right
+    for dataset, right in (("slake", False), ("vqa_rad", True), ("pathvqa", True)):
+        assert scored("Yes, it is", plain("yesno", "Yes", dataset=dataset)) is right
+        assert scored("Yes, it is", plain("yesno", "yes", dataset=dataset))
+        assert scored("yes", plain("yesno", "Yes", dataset=dataset))
+
+
+def test_lists_of_strings_are_kept_to_be_broken_down_by() -> None:
+    meta = {
+        "modality": ["MRI", "CT"], "organs": ("liver",), "boxes": [[0, 1]], "ids": [1, 2],
+        "traces": {"a": 1}, "long": ["x" * 300], "system": "Nervous",
+    }  # fmt: skip
+    row = prediction_row(plain("open", "a cyst", meta=meta), "mine", [answered("a cyst")])
+    assert row["meta"] == {"modality": ["MRI", "CT"], "organs": ["liver"], "system": "Nervous"}
+    assert group_of(row, "modality") == "CT, MRI"
 
 
 def test_medevalkit_prompts_are_its_own_words(builder: PromptBuilder) -> None:

@@ -5,6 +5,7 @@ any guideline is bounded. What remains are fills that happen to be true sentence
 """
 
 import importlib.util
+import itertools
 import random
 import re
 import sys
@@ -29,7 +30,8 @@ def _helper(name: str) -> Any:
     return module
 
 
-TRACES = _helper("_traces").TRACES
+HELPER = _helper("_traces")
+TRACES = HELPER.TRACES
 GUIDELINE_TESTS = _helper("test_guidelines")
 FLAT = [
     (n, c, t)
@@ -197,6 +199,73 @@ def clauses_with_cues(rng: random.Random, case: Any) -> str:
     return f"{' '.join(parts)} Therefore the answer is {right(case)}."
 
 
+# Two findings of each vignette, for texts that need no more of it than that.
+TWO_FINDINGS = {
+    "gardener": ("irregular border", "several colours"), "tingling": ("tingling feet", "leg weakness"),
+    "strawberry": ("fever", "cracked lips"), "epigastric": ("epigastric pain", "vomiting"),
+    "floaters": ("flashes", "floaters"), "pleuritic": ("dyspnoea", "chest pain"),
+    "limps": ("tenderness", "fever"), "cinema": ("headache", "nausea"),
+}  # fmt: skip
+CHAIN = (
+    "Fluid leads to pressure. Pressure leads to collapse. Collapse leads to hypoxia. Hypoxia leads to {a} "
+    "with {b}. Therefore the answer is {x}."
+)
+RULED_OUT = (
+    "The differential includes {x}, {o} and {p}. {o} is ruled out by the {a}. {x} fits the {b} {a}. "
+    "Therefore the answer is {x}."
+)
+
+
+def chain_of_bare_mechanisms(rng: random.Random, case: Any) -> str:
+    a, b = next(pair for word, pair in TWO_FINDINGS.items() if word in case.question)
+    return CHAIN.format(a=a, b=b, x=right(case))
+
+
+@pytest.mark.parametrize("template", [CHAIN, RULED_OUT])
+def test_a_fixed_text_about_a_short_stem_is_not_paid(template: str) -> None:
+    for case in HELPER.SHORT_STEMS:
+        words = re.findall(r"[A-Za-z-]+", case.question)
+        o, p = wrong(random.Random(0), case)
+        for a, b in itertools.permutations(words, 2):
+            text = template.format(a=a, b=b, x=right(case), o=o, p=p)
+            assert max(scores(case, text).values()) < PAID, text
+
+
+def test_a_question_without_findings_has_no_guideline() -> None:
+    for case in HELPER.SHORT_STEMS:
+        for name, text in HELPER.SHOWN_TRACES.items():
+            judged = adherence(
+                text, name, question=case.question, options=case.options, answer=case.answer
+            )
+            assert not judged.applies and judged.score == 0.0
+    for case in CASES:
+        assert all(
+            judged.applies
+            for judged in adherence_all(
+                "", question=case.question, options=case.options, answer=None
+            ).values()
+        )
+
+
+@pytest.mark.parametrize("name", GUIDELINE_NAMES)
+def test_traces_about_what_the_row_says_the_image_shows_are_paid(name: str) -> None:
+    got = scores(HELPER.SHOWN, HELPER.SHOWN_TRACES[name])
+    assert got[name] > 0.85, got
+    assert all(got[other] < PAID for other in GUIDELINE_NAMES if other != name), got
+
+
+def test_a_chain_of_bare_mechanisms_is_paid_for_no_option() -> None:
+    for word, pair in TWO_FINDINGS.items():
+        case = next(case for case in CASES if word in case.question)
+        for a, b in itertools.permutations(pair):
+            for letter, text in case.options.items():
+                judged = adherence(
+                    CHAIN.format(a=a, b=b, x=text), "analytic", question=case.question,
+                    options=case.options, answer=letter, findings=case.findings,
+                )  # fmt: skip
+                assert not judged.criteria["A3_explains"] and judged.score < PAID
+
+
 # Share of texts that may be paid. A fill with the stem's own words is now and then a true sentence ("The
 # curtain with flashes and floaters is classic for retinal detachment"), which no reader of form refuses.
 ATTACKS: list[tuple[Callable[[random.Random, Any], str], float]] = [
@@ -208,6 +277,7 @@ ATTACKS: list[tuple[Callable[[random.Random, Any], str], float]] = [
     (negated_conclusion, 0.0),
     (negated_evidence, 0.04),
     (clauses_with_cues, 0.06),
+    (chain_of_bare_mechanisms, 0.0),
     *((fill(name, 1), 0.15 if name == "differential" else 0.05) for name in FILLS),
     *((fill(name, 2), 0.15) for name in FILLS),
 ]

@@ -412,6 +412,22 @@ def test_bayesian_criteria_one_by_one(text: str, lost: str) -> None:
     assert [name for name, met in result.criteria.items() if not met] == [lost]
 
 
+@pytest.mark.parametrize(
+    "verb",
+    "raises elevates bumps pushes takes drives sends adjusts moves shifts updates brings".split(),
+)
+def test_a_probability_moves_by_any_verb(verb: str) -> None:
+    text = (
+        "The prior probability of pulmonary embolism is 20%. The swollen calf {0} it to {1}%. "
+        "Pleuritic pain {0} it to 80%. The posterior probability of pulmonary embolism is 80%, so the "
+        "answer is B."
+    )
+    assert scores(CHEST, text.format(verb, 50))["bayesian"] == 1.0
+    assert scores(CHEST, text.format(verb, 20))["bayesian"] < 0.35  # it did not move
+    falls = scores(CHEST, text.format(verb, 10))["bayesian"]
+    assert (falls < 0.35) == (verb in ("raises", "elevates", "bumps")), falls
+
+
 def test_order_matters_in_a_differential() -> None:
     case, text = GENUINE["differential"][3]
     first, *middle, last = text.rstrip(".").split(". ")

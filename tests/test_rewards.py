@@ -121,9 +121,19 @@ def test_guideline_reward_follows_format_correctness_and_guideline() -> None:
 
 def test_guideline_reward_takes_findings() -> None:
     data = batch(GOOD, question=["What is shown?"])
-    assert guideline_reward(**data) == [0.0]
+    assert guideline_reward(**data) == [None]
     found = [("pleuritic pain", "dyspnoea", "swollen calf")]
     assert guideline_reward(**data, findings=found) == [1.0]
+
+
+def test_guideline_reward_does_not_apply_to_a_stem_without_findings() -> None:
+    text = "<think>{} Therefore the answer is pulmonary embolism.</think><answer>B</answer>"
+    chain = "Fluid leads to pressure. Pressure leads to collapse. Collapse leads to hypoxia. "
+    texts = [GOOD, text.format(f"{chain}Hypoxia leads to abnormality with chest."), "no tags"]
+    data = batch(*texts, question=["What abnormality is seen in this chest X-ray?"] * 3)
+    for name in ("differential", "intuitive", "analytic", "bayesian"):
+        data["guideline"] = [name] * 3
+        assert guideline_reward(**data) == [None] * 3  # nor to the malformed one beside them
 
 
 def test_soft_overlong_equals_trl() -> None:

@@ -104,6 +104,79 @@ def test_strict_never_guesses(text: str) -> None:
     assert all(strict_score(text, OPTIONS, letter) == 0.0 for letter in OPTIONS)
 
 
+ORGANS = {"A": "Liver", "B": "Spleen", "C": "Kidney"}
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "C) can be excluded",
+        "C) eliminated",
+        "C. is improbable",
+        "C) no",
+        "C. I reject this",
+        "C. Definitely not",
+        "C. The findings are against this",
+        "B. does not fit",
+        "B. doesn\u2019t fit",
+        "B. less probable than kidney",
+        "B, but A is better",
+        "B. although A fits too",
+        "B. A is better",
+        "B. No: it is the kidney.",
+        "B. The correct organ is the liver.",
+        "B. The kidney",
+        "B. Kidneys",
+        "B) is what I first thought; the right organ is the kidney",
+        "B) was my first thought",
+        "B. I do not think so",
+        "B. Spleen is ruled out",
+        "B) Spleen: no",
+        "B. Spleen (excluded)",
+        "B. Spleen, but the liver is better",
+        "B. Spleen; the right one is liver",
+        "B. It is not the spleen",
+    ],
+)
+def test_a_letter_that_its_own_span_takes_back_is_not_read(span: str) -> None:
+    for text in (f"<answer>{span}</answer>", f"\\boxed{{{span}}}", f"The answer is {span}"):
+        assert extract_answer(text, ORGANS) is None
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "B. Spleen, since the liver is normal",
+        "B. Spleen, not the liver",
+        "B. Spleen rather than liver",
+        "B. Spleen. The liver and kidney are clear",
+        "B: spleen, no doubt",
+        "B. The spleen is enlarged",
+        "B. This fits best",
+        "B) Spleen, as vitamin C is low",
+    ],
+)
+def test_a_letter_that_its_span_upholds_is_read(span: str) -> None:
+    assert extract_answer(f"<answer>{span}</answer>", ORGANS) == "B"
+
+
+def test_a_denial_within_the_letter_s_own_text_denies_nothing() -> None:
+    options = {
+        "A": "No abnormality",
+        "B": "None of the above",
+        "C": "Not visible",
+        "D": "Excluded by the film",
+        "E": "Less likely than not",
+    }
+    for letter, text in options.items():
+        for more in ("", ".", ", as seen", " on this view", " - surely"):
+            span = f"<answer>{letter}. {text}{more}</answer>"
+            assert extract_answer(span, options) == letter, span
+            denied = f"<answer>{letter}. {text} is ruled out</answer>"
+            assert extract_answer(denied, options) is None
+    assert extract_answer("<answer>A. No abnormalities seen</answer>", options) == "A"
+
+
 def test_every_option_text_and_letter_round_trips() -> None:
     tricky = {
         "A": "E. coli",
@@ -236,6 +309,21 @@ def test_medevalkit_answer_tag_switch() -> None:
 )
 def test_medevalkit_closed_and_open_rules(text: str, gold: str, score: float) -> None:
     assert medevalkit_score(text, None, gold) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "raw", "any_case"),
+    [
+        ("yes", "Yes", 1.0, 1.0),
+        ("Yes.", "Yes", 1.0, 1.0),
+        ("Yes, it is", "Yes", 0.0, 1.0),
+        ("It is abnormal", "No", 0.0, 1.0),
+        ("Yes, it is", "yes", 1.0, 1.0),
+    ],
+)
+def test_medevalkit_raw_gold_switch(text: str, gold: str, raw: float, any_case: float) -> None:
+    assert medevalkit_score(text, None, gold, raw_gold=True) == raw
+    assert medevalkit_score(text, None, gold) == any_case
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,15 @@ TEMPLATES = [
     "<think>{n} the answer is {x}",
     "{x}. {t}",
 ]
+# Spans that take the letter back; {o} is another option's letter and {u} its text.
+DENIALS = [
+    "{x}) can be excluded", "{x}. {t} can be excluded", "{x}) eliminated", "{x}. is improbable", "{x}) no",
+    "{x}. I reject this", "{x}. does not fit", "{x}. {t} does not fit", "{x}. less probable than {u}",
+    "{x}, but {o} is better", "{x}. {t}, but {u} is better", "{x}. No: it is the {u}.", "{x}. The {u}",
+    "{x}. The correct answer is the {u}.", "{x}) is what I first thought; the right one is the {u}",
+    "{x}. {t}: rejected", "({x}) {t} could be ruled out by the film", "{x}. {t}, however {o}) fits",
+]  # fmt: skip
+UPHELD = ["", ".", " .", "!", ",", ";", ":", "...", ")", "]", "*", "**", '"', "'", " \n", "?", " -"]
 NOISE = [
     "", "A patient came", "A 61-year-old man", "I am sure", "because of the rub", "the film is poor",
     "it hurts", "no other option fits", "a", "E.g. at night", "grade I disease", "see figure 3",
@@ -86,6 +95,34 @@ def test_the_only_stated_answer_is_read_or_nothing(seed: int) -> None:
     assert strict_score(text, options, letter) == float(read == letter)
     if template in TEMPLATES[:6] and not noise:
         assert read == letter, (text, options)
+
+
+@settings(max_examples=3000, derandomize=True, **FAST)
+@given(st.integers(0, 2**40))
+def test_a_denied_letter_is_never_read(seed: int) -> None:
+    rng = random.Random(seed)
+    letters = "ABCDEFGHIJ"[: rng.randint(2, 10)]
+    options = dict(zip(letters, rng.sample(TEXTS, len(letters)), strict=True))
+    letter, other = rng.sample(letters, 2)
+    span = rng.choice(DENIALS).format(
+        x=letter, t=options[letter], o=other, u=rng.choice([str, str.lower])(options[other])
+    )
+    text = rng.choice(["<answer>{}</answer>", "\\boxed{{{}}}", "The answer is {}"]).format(span)
+    assert extract_answer(text, options) is None, (text, options)
+
+
+@settings(max_examples=2000, derandomize=True, **FAST)
+@given(st.integers(0, 2**40))
+def test_a_letter_with_its_own_text_is_always_read(seed: int) -> None:
+    rng = random.Random(seed)
+    letters = "ABCDEFGHIJ"[: rng.randint(2, 10)]
+    texts = [*TEXTS, "No abnormality", "Not visible", "Excluded by the film", "No", "A but not B"]
+    options = dict(zip(letters, rng.sample(texts, len(letters)), strict=True))
+    letter = rng.choice(letters)
+    shape = rng.choice(["{}. {}", "({}) {}", "{}: {}", "**{}.** {}", "{}) {}", "[{}] {}"])
+    said = rng.choice([str, str.lower, str.upper])(options[letter])
+    text = shape.format(letter, said) + rng.choice(UPHELD)
+    assert extract_answer(f"<answer>{text}</answer>", options) == letter, (text, options)
 
 
 @settings(max_examples=3000, derandomize=True, **FAST)

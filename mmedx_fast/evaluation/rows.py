@@ -21,6 +21,11 @@ from mmedx_fast.scoring import (
     think_text,
 )
 
+# Where MedEvalKit's task for a data set departs from its others.
+_MEDEVALKIT_RULES: dict[str, dict[str, bool]] = {
+    "pmc_vqa": {"answer_tag": False},
+    "slake": {"raw_gold": True},
+}
 _LONGEST_META = 200
 _OF_A_SAMPLE = (
     "guideline",
@@ -105,7 +110,11 @@ def _answer(record: Record, rollout: Rollout, bare: bool) -> dict[str, Any]:
         "tokens": len(rollout.token_ids),
         "predicted": predicted,
         "correct": correct,
-        "correct_medevalkit": bool(medevalkit_score(text, record.options, gold)),
+        "correct_medevalkit": bool(
+            medevalkit_score(
+                text, record.options, gold, **_MEDEVALKIT_RULES.get(record.dataset, {})
+            )
+        ),
         "format_ok": format_ok(text),
         "adherence": _followed(record, rollout, predicted),
         "logprob": sum(rollout.logprobs) / max(1, len(rollout.logprobs)),
@@ -113,17 +122,20 @@ def _answer(record: Record, rollout: Rollout, bare: bool) -> dict[str, Any]:
 
 
 def _followed(record: Record, rollout: Rollout, predicted: str | None) -> float | None:
-    """Adherence to the guideline that the question was asked under; None where it was asked without one."""
+    """Adherence to the guideline that the question was asked under; None where it was asked without one, or
+    has too few findings for any.
+    """
     if rollout.guideline is None:
         return None
-    return adherence(
+    found = adherence(
         think_text(rollout.text),
         rollout.guideline,
         question=record.question,
         options=record.options,
         answer=predicted,
         findings=image_findings(record.meta),
-    ).score
+    )
+    return found.score if found.applies else None
 
 
 def gold_answer(record: Record) -> str:
@@ -132,9 +144,16 @@ def gold_answer(record: Record) -> str:
 
 
 def meta_columns(meta: dict[str, Any]) -> dict[str, Any]:
-    """The short single values among a record's further columns: what results are broken down by."""
+    """The short single values and lists of strings among a record's further columns: what results are
+    broken down by.
+    """
     return {
-        key: value
+        key: list(value) if isinstance(value, tuple) else value
         for key, value in meta.items()
-        if isinstance(value, str | int | float | bool) and len(str(value)) <= _LONGEST_META
+        if (isinstance(value, str | int | float | bool) or _is_strings(value))
+        and len(str(value)) <= _LONGEST_META
     }
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
