@@ -1,6 +1,7 @@
 """Compile every Triton kernel for chips that are not here, and read what the binary says.
 
-    python bench/compile_kernels.py [--arch 80 90 100] [--only NAME] [--first] [--json FILE] [--markdown FILE]
+    python bench/compile_kernels.py [--arch 80 90 100] [--only NAME] [--first | --heaviest]
+        [--json FILE] [--markdown FILE]
 
 Needs no GPU: Triton's own compiler, ptxas and cuobjdump make and read the binary. Each row gives
 registers a thread, bytes of stack a thread (a spill), spill instructions, shared memory, matrix
@@ -43,6 +44,7 @@ SHARED = {
     100: 227 * 1024,
     120: 99 * 1024,
 }
+RECORDED = ROOT / "bench/results/compiled-triton-3.9.json"
 MATRIX = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|IGMMA|QGMMA|DMMA|IMMA)\b")
 SPILL = re.compile(r"\b(LDL|STL)\b")
 
@@ -75,6 +77,15 @@ def first_of_each(found: list[CompileCase]) -> list[CompileCase]:
     for case in found:
         by_kernel.setdefault(case.kernel.__name__, case)
     return list(by_kernel.values())
+
+
+def heaviest_of_each(found: list[CompileCase]) -> list[CompileCase]:
+    """The configuration of every kernel that took the most registers when ``RECORDED`` was made."""
+    registers: dict[str, int] = {}
+    for row in json.loads(RECORDED.read_text()):
+        registers[row["kernel"]] = max(row["registers"], registers.get(row["kernel"], 0))
+    ordered = sorted(found, key=lambda case: -registers.get(case.name, 0))
+    return first_of_each(ordered)
 
 
 def compile_case(case: CompileCase, arch: int) -> Any:
@@ -139,11 +150,17 @@ def main() -> int:
     )
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=SHARED)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--first", action="store_true", help="one configuration a kernel")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--first", action="store_true", help="one configuration a kernel")
+    some.add_argument(
+        "--heaviest", action="store_true", help="of every kernel the one with the most registers"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    found = first_of_each(cases()) if options.first else cases()
+    found = cases()
+    if options.first or options.heaviest:
+        found = (first_of_each if options.first else heaviest_of_each)(found)
     chosen = [case for case in found if options.only in case.name]
     rows = [measure(case, arch) for case in chosen for arch in options.arch]
     if not rows:

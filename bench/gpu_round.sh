@@ -38,7 +38,7 @@ run_part() {
 		step floors "$python" -m bench.floors --out "$out" $commit
 		;;
 	2) step head "$python" -m bench.run --op linear_logprob linear_logprob_backward policy_loss --out "$out" --minutes "$minutes" $commit ;;
-	3) step lora "$python" -m bench.run --op guideline_advantages lora_merge lora_conflicts lora_interference --out "$out" --minutes "$minutes" $commit ;;
+	3) step lora "$python" -m bench.run --op guideline_advantages gdpo_advantages lora_merge lora_conflicts lora_interference --out "$out" --minutes "$minutes" $commit ;;
 	4) step train_step "$python" -m bench.run --op train_step --out "$out" --minutes "$minutes" $commit ;;
 	5) step end_to_end "$python" -m bench.end_to_end --out "$out" $commit ;;
 	*)

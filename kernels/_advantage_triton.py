@@ -278,6 +278,11 @@ def _rescale_kernel(
     tl.store(floats + i, advantage.to(tl.float32), mask=i < B)
 
 
+def _options(warps: int) -> dict[str, Any]:
+    """Left alone, ptxas aims at as many blocks a multiprocessor as just do not fit, and spills for it."""
+    return launch_options(warps, 1) | {"maxnreg": 255}
+
+
 @functools.cache
 def _blocks(rollouts: int, rewards: int, normalize: bool) -> tuple[dict[str, int], int]:
     """Tile sizes and warps. Small tiles while a launch is short of programs, fewer and larger ones when
@@ -319,7 +324,7 @@ def guideline_advantages_triton(
     second = normalize and scale == "batch"
     handoff = rewards.new_empty((2, b), dtype=torch.float64) if second else None
     blocks, warps = _blocks(b, m, normalize)
-    options = launch_options(warps, 1)
+    options = _options(warps)
     with torch.cuda.device_of(rewards):
         _advantage_kernel[(m + triton.cdiv(b, blocks["BI"]),)](
             rewards, group, guideline,
@@ -367,6 +372,7 @@ def _compile_case(
         num_warps=warps,
         num_stages=1,
         aligned=tuple(p for p in pointers if p not in constexprs),
+        options=_options(warps),
     )
 
 
@@ -383,6 +389,11 @@ COMPILE_CASES = [
         (4096, 16, "normalize_then_sum", "guideline", "leave_one_out", True),
         (4096, 32, "normalize_then_sum", "group", "mean", True),
         (65_536, 4, "normalize_then_sum", "batch", "mean", True),
+        # the most rewards, at both block sizes
+        (4096, MAX_REWARDS, "sum_then_normalize", "batch", "leave_one_out", True),
+        (65_536, MAX_REWARDS, "sum_then_normalize", "batch", "leave_one_out", True),
+        (4096, MAX_REWARDS, "normalize_then_sum", "guideline", "leave_one_out", True),
+        (65_536, MAX_REWARDS, "normalize_then_sum", "guideline", "leave_one_out", True),
     )
 ] + [
     CompileCase(

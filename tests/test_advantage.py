@@ -467,7 +467,7 @@ def test_launches(
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("rewards", [1, 3, 4, 16, 17, 100, 256])
 @pytest.mark.parametrize("rollouts", [1, 4096, 65_536])
-def test_blocks_fit_the_register_file(rollouts: int, rewards: int, combine: str) -> None:
+def test_tiles_have_few_enough_elements(rollouts: int, rewards: int, combine: str) -> None:
     normalize = combine == "normalize_then_sum"
     blocks, warps = _advantage_triton._blocks(rollouts, rewards, normalize)
     assert all(size & (size - 1) == 0 and size > 0 for size in blocks.values())

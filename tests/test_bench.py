@@ -25,7 +25,8 @@ CPU = torch.device("cpu")
 OPS = registry.load()
 SETS = ("tiny", "qwen2_5_vl_7b", "qwen2_vl_2b")
 NAMES = (
-    *("guideline_advantages", "linear_logprob", "linear_logprob_backward", "policy_loss"),
+    *("guideline_advantages", "gdpo_advantages"),
+    *("linear_logprob", "linear_logprob_backward", "policy_loss"),
     *("lora_merge", "lora_conflicts", "lora_interference"),
 )
 HEAD = ("linear_logprob", "linear_logprob_backward", "policy_loss")
@@ -58,6 +59,17 @@ def test_an_op_is_whole(name: str) -> None:
     got = provider_of(op, OURS).make(inputs)()
     errors, wrong = registry.compare(got, op.reference(inputs), op.bounds, {})
     assert set(errors) == set(got) and not wrong
+
+
+@pytest.mark.parametrize("name", ["guideline_advantages", "gdpo_advantages"])
+def test_advantages_are_measured_up_to_65536_values(name: str) -> None:
+    for shapes in (OPS[name].shapes[models] for models in SETS[1:]):
+        assert max(s.sizes["B"] * s.sizes["M"] for s in shapes) == 65_536
+
+
+def test_gdpo_is_judged_by_trls_formula() -> None:
+    (trl,) = (p for p in OPS["gdpo_advantages"].providers if p.name == "TRL formula")
+    assert trl.limits is not None
 
 
 GEMMS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm_": 1}
@@ -100,7 +112,7 @@ def test_the_formula_is_least_work(name: str) -> None:
 
 def operands(name: str, x, out) -> list[torch.Tensor]:
     """What the op must read, and what it must write."""
-    if name == "guideline_advantages":
+    if name.endswith("_advantages"):
         return [x.rewards, x.group, x.guideline, out["advantages"]]
     if name in HEAD:
         shared = [x.hidden, x.weight, x.targets, *out.values()]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ KERNELS = {
     "lora_count": True,
     "lora_apply": True,
 }  # name -> uses matrix instructions
+
+
+REGISTERS = itemgetter("registers")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +50,17 @@ def test_a_production_configuration_of_every_kernel_compiles_for_three_chips(
             assert row["stack"] == row["spills"] == 0 and 0 < row["registers"] <= 255, row
             assert bool(row["matrix"]) == (matrix and "fp32" not in row["kernel"]), row
     assert "sm_90" in table.read_text()
+
+
+@pytest.mark.slow
+def test_the_heaviest_configuration_of_every_kernel_does_not_spill(tmp_path: Path) -> None:
+    done = run("--heaviest", "--arch", "80", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    recorded = json.loads((ROOT / "bench/results/compiled-triton-3.9.json").read_text())
+    for kernel in KERNELS:
+        most = max((r for r in recorded if r["kernel"].startswith(kernel)), key=REGISTERS)
+        assert most["kernel"] in {row["kernel"] for row in rows}, kernel
 
 
 def test_a_name_that_no_kernel_has_is_an_error() -> None:

@@ -63,12 +63,38 @@ def _reference(x: RewardInputs) -> Outputs:
     return {"advantages": out.to(x.rewards.device)}
 
 
+def _gdpo_reference(x: RewardInputs) -> Outputs:
+    """Each reward normalised over the question, their sum over the batch; one question and one reward at
+    a time."""
+    rewards = x.rewards.double().cpu()
+    valid = ~rewards.isnan().all(1)
+    reward = torch.zeros(len(rewards), dtype=torch.float64)
+    for question in torch.arange(len(rewards)).split(x.guidelines * x.rollouts):
+        for m in range(rewards.shape[1]):
+            mine = question[~rewards[question, m].isnan()]
+            if len(mine) == 0:
+                continue
+            mu, sd = _moments(rewards[mine, m])
+            reward[mine] += (rewards[mine, m] - mu) / (sd + EPS)
+    mu, sd = _moments(reward[valid])
+    out = torch.where(valid, (reward - mu) / (sd + EPS), 0.0)
+    return {"advantages": out.to(x.rewards.device)}
+
+
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(), x.std() if len(x) > 1 else x.new_zeros(())
 
 
 def _ours(x: RewardInputs) -> Call:
     return lambda: {"advantages": guideline_advantages(x.rewards, x.group, x.guideline)[0]}
+
+
+def _gdpo(x: RewardInputs) -> Call:
+    return lambda: {
+        "advantages": guideline_advantages(
+            x.rewards, x.group, x.guideline, combine="normalize_then_sum", scale="batch"
+        )[0]
+    }
 
 
 def _dense(rewards: Tensor, guidelines: int, rollouts: int) -> Tensor:
@@ -138,6 +164,26 @@ def _trl(x: RewardInputs) -> Call:
     return call
 
 
+def _trl_gdpo(x: RewardInputs) -> Call:
+    """TRL 1.16, ``GRPOTrainer``, normalize_then_sum."""
+    from trl.trainer.utils import nanstd
+
+    width = x.guidelines * x.rollouts
+    weights = x.rewards.new_ones(x.rewards.shape[1])
+
+    def call() -> Outputs:
+        unscorable = x.rewards.isnan().all(dim=1)
+        grouped = x.rewards.view(-1, width, len(weights))
+        mean = torch.nanmean(grouped, dim=1, keepdim=True)
+        each = (grouped - mean) / (nanstd(grouped, dim=1, keepdim=True) + EPS)
+        rewards = (each.view(-1, len(weights)) * weights.unsqueeze(0)).nansum(dim=1)
+        rewards[unscorable] = torch.nan
+        advantages = (rewards - torch.nanmean(rewards)) / (nanstd(rewards) + EPS)
+        return {"advantages": torch.nan_to_num(advantages, nan=0.0)}
+
+    return call
+
+
 def _copy(x: RewardInputs) -> Call:
     target = torch.empty_like(x.rewards)
 
@@ -153,13 +199,19 @@ def _bytes(s: Sizes, itemsize: int) -> float:
     return float(s["B"] * (4 * s["M"] + 2 * 8 + 4))
 
 
-def _shapes(batches: tuple[int, ...], n: int = 4) -> tuple[Shape, ...]:
+def _shapes(
+    batches: tuple[int, ...], n: int = 4, guidelines: int = 4, rewards: tuple[int, ...] = (3, 8)
+) -> tuple[Shape, ...]:
     return tuple(
-        Shape(f"B={b} M={m} K=4", {"B": b, "M": m, "K": 4, "n": n}, b)
+        Shape(f"B={b} M={m} K={guidelines}", {"B": b, "M": m, "K": guidelines, "n": n}, b)
         for b in batches
-        for m in (3, 8)
+        for m in rewards
     )
 
+
+# 65,536 rewards: the most that is promised to be one launch's
+MOST = _shapes((8192,), rewards=(8,))
+GDPO = _shapes((512, 64, 4096), 8, 1) + _shapes((8192,), 8, 1, rewards=(8,))
 
 OPS = (
     Op(
@@ -173,8 +225,8 @@ OPS = (
         bytes=_bytes,
         shapes={
             "tiny": _shapes((64, 256)),
-            "qwen2_5_vl_7b": _shapes((512, 64, 4096)),
-            "qwen2_vl_2b": _shapes((512, 64, 4096)),
+            "qwen2_5_vl_7b": _shapes((512, 64, 4096)) + MOST,
+            "qwen2_vl_2b": _shapes((512, 64, 4096)) + MOST,
         },
         providers=(
             Provider("ours", _ours, OURS),
@@ -192,6 +244,28 @@ OPS = (
             Provider(
                 "TRL formula", _trl, needs=("trl",), limits=None,
                 note="GRPO: no guideline term, full groups in order only",
+            ),
+        ),
+        dispatch="guideline_advantages",
+        axis="rollouts",
+    ),
+    Op(
+        name="gdpo_advantages",
+        title="GDPO's advantages (each reward normalised, then summed)",
+        inputs=_inputs,
+        reference=_gdpo_reference,
+        bounds={"advantages": Bound("absolute", 1e-4)},
+        # of each reward two sums, a normalisation and a sum; two sums and a normalisation of these
+        flops=lambda s: float(s["B"] * (6 * s["M"] + 6)),
+        bytes=_bytes,
+        shapes={"tiny": _shapes((64, 256), 8, 1), "qwen2_5_vl_7b": GDPO, "qwen2_vl_2b": GDPO},
+        providers=(
+            Provider("ours", _gdpo, OURS),
+            plain_torch(_gdpo, "guideline_advantages"),
+            Provider("copy", _copy, FLOOR, note="one launch that reads the rewards", computes=False),
+            Provider("ours, CUDA graph", partial(_graphed, _gdpo), cuda=True),
+            Provider(
+                "TRL formula", _trl_gdpo, needs=("trl",), note="full groups in order only"
             ),
         ),
         dispatch="guideline_advantages",
