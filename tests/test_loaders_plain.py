@@ -302,6 +302,7 @@ def test_the_quick_find_looks_where_the_other_looks(tmp_path: Path) -> None:
 # ---- ages and specialties
 
 WORDS = (
+    "of age age: age, over boy, woman, 3-month and ) "
     "A An the is one two ten tenderness bone often twenty thirty-five seven years year yr y mo months week wks "
     "days hours old o yo y/o y.o. aged aged: o' brings brought her his mother son wound fracture ago history "
     "5 17 200 1.5 .5 3x 45yo 12-year-old 6-month-old 2-week-old one-year-old twenty-one - . , ' ſix nıne 5\xa0years é "
@@ -316,11 +317,13 @@ def age_by_one_pattern(text: str) -> float | None:
         return None
     brought = {match.end() for match in ages._BROUGHT_CHILD.finditer(text)}
     kept = [
-        (match.start() in brought, ages._years(match))
+        (start in brought, years)
         for match in ages._AGE.finditer(text)
+        for start, years in [ages._years(match)]
         if not ages._NOT_A_PERSON.match(text, match.end())
         and not ages._PARENT.match(text, match.end())
-        and ages._years(match) <= 120
+        and not ages._of_another_time(match)
+        and years <= 120
     ]
     return next((years for own, years in kept if own), kept[0][1] if kept else None)
 

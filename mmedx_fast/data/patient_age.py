@@ -20,6 +20,8 @@ _LATIN = str.maketrans("\u0130\u0131\u017f", "iis")
 _YEARS_PER = {"y": 1.0, "m": 1 / 12, "w": 7 / 365.25, "d": 1 / 365.25, "h": 1 / 8766}
 _UNIT = r"(?P<u{0}>years?|yrs?|y|months?|mos?|weeks?|wks?|days?|hours?|hrs?)"
 
+_PERSON = r"\b(?:boy|girl|man|woman|male|female|infant|child|patient|gentleman|lady)"
+
 # "old" is what tells an age from "2-year history" and "4 years ago".
 _AGE = re.compile(
     "|".join(
@@ -27,9 +29,21 @@ _AGE = re.compile(
             (_NUMBER + r"[-\s]*" + _UNIT + r"\.?[-\s]*(?:old\b|o\b(?!['’]))").format(1),
             (_NUMBER + r"[-\s]*y(?:/|\.\s?)o\b\.?").format(2),
             (r"\baged:?\s+" + _NUMBER + rf"(?:[-\s]*{_UNIT}\b)?").format(3),
+            (r"\bage ?[:=]\s*" + _NUMBER + rf"(?:[-\s]*{_UNIT}\b)?").format(4),
+            (_NUMBER + r"[-\s]*" + _UNIT + r"\s+of age\b").format(5),
+            (_PERSON + r", (?P<n{0}>[0-9]{{1,3}})\s*" + _UNIT + r"\b(?=\s*(?:[,.;)]|$))").format(6),
         )
     ),
     re.IGNORECASE,
+)
+# "since 5 years of age" and "over 40 years of age" tell of another time or of others.
+_NOT_NOW = re.compile(
+    r"\b(?:at|by|since|until|from|before|after|over|under|above|below|than|between|to)\s+$",
+    re.IGNORECASE,
+)
+# What stands before the months of "12-year-and-3-month-old".
+_AND_YEARS = re.compile(
+    r"(?<![\w.])([0-9]{1,3})[-\s]*(?:years?|yrs?|y)[-,\s]*(?:and[-\s]*)?$", re.IGNORECASE
 )
 # The same for numbers in digits alone, in ASCII and lower case. It begins with the digit and not with what
 # must not stand before it, so that the search skips from digit to digit.
@@ -45,7 +59,9 @@ _BLANKS = "- \t\n\r\f\v\x1c\x1d\x1e\x1f"
 _WINDOW_CHARS = 64
 _Y_O = re.compile(r"y[-\s./]*o\b")
 # In every spelling above; saves the slow search in texts without an age.
-_CUE = re.compile(r"old|aged|(?:\b|\d)y[-\s./]*o\b", re.IGNORECASE)
+_CUE = re.compile(r"old|aged|(?:\b|\d)y[-\s./]*o\b|of age|age ?[:=]|, [0-9]", re.IGNORECASE)
+_OTHER_CUES = ("aged", "of age", "age:", "age :", "age=", "age =")
+_COMMA_NUMBER = re.compile(r", [0-9]")
 # What else has an age: a "3-week-old fracture" says nothing about its owner.
 _NOT_A_PERSON = re.compile(
     r"[\s-]*(?:(?:surgical|open|closed|heal\w+|untreated|left|right)[\s-]+)*(?:wound|fracture|injur\w+|scar|lesion|radiograph|image|film|x-ray|scan|graft|implant|"
@@ -76,14 +92,14 @@ def patient_age(text: str) -> float | None:
         else set()
     )
     first: float | None = None
-    digits_only = text.isascii() and "aged" not in lower and not _spelled(lower)
+    digits_only = text.isascii() and not _other_cue(lower) and not _spelled(lower)
     for match in _DIGIT_AGE.finditer(lower) if digits_only else _AGE.finditer(text):
         if _NOT_A_PERSON.match(text, match.end()) or _PARENT.match(text, match.end()):
             continue
-        years = _years(match)
-        if years > 120:
+        start, years = _years(match)
+        if years > 120 or _of_another_time(match):
             continue
-        if match.start() in brought:
+        if start in brought:
             return years
         if first is None:
             first = years
@@ -95,11 +111,16 @@ def patient_age(text: str) -> float | None:
 def _has_cue(text: str, lower: str) -> bool:
     """``_CUE.search(text)``; looks for plain text first, which is ten times as fast."""
     if text.isascii():
-        if "old" in lower or "aged" in lower:
+        if "old" in lower or _other_cue(lower):
             return True
         if not _Y_O.search(lower):
             return False
     return _CUE.search(text) is not None
+
+
+def _other_cue(lower: str) -> bool:
+    """Whether an age may be given other than by what follows its number."""
+    return any(cue in lower for cue in _OTHER_CUES) or bool(_COMMA_NUMBER.search(lower))
 
 
 def _spelled(lower: str) -> bool:
@@ -113,11 +134,25 @@ def _spelled(lower: str) -> bool:
     return False
 
 
-def _years(match: re.Match[str]) -> float:
-    groups = match.groupdict()
-    number = groups["n1"] or groups["n2"] or groups["n3"]
-    unit = (groups["u1"] or groups.get("u3") or "y")[0].lower()
-    if number[0].isdigit():
-        return float(number) * _YEARS_PER[unit]
-    spelled = number.translate(_LATIN).lower()
-    return sum(_WORDS[part] for part in re.split(r"[-\s]+", spelled)) * _YEARS_PER[unit]
+def _years(match: re.Match[str]) -> tuple[int, float]:
+    """Where an age begins, and the years; "12-year-and-3-month-old" is 12.25."""
+    groups = {key: text for key, text in match.groupdict().items() if text}
+    place = next(key[1:] for key in groups if key.startswith("n"))
+    number, unit = groups["n" + place], groups.get("u" + place, "y")[0].lower()
+    if not number[0].isdigit():
+        spelled = number.translate(_LATIN).lower()
+        return match.start(), _YEARS_PER[unit] * sum(
+            _WORDS[part] for part in re.split(r"[-\s]+", spelled)
+        )
+    years = float(number) * _YEARS_PER[unit]
+    if unit != "y" and (more := _AND_YEARS.search(_before(match))):
+        return match.start() - len(more[0]), years + float(more[1])
+    return match.start(), years
+
+
+def _of_another_time(match: re.Match[str]) -> bool:
+    return bool(match.groupdict().get("n5") and _NOT_NOW.search(_before(match)))
+
+
+def _before(match: re.Match[str]) -> str:
+    return match.string[max(0, match.start() - _WINDOW_CHARS) : match.start()]
