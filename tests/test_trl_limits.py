@@ -145,7 +145,7 @@ def test_importing_the_integration_is_light() -> None:
 
 
 def test_peak_memory_against_trl() -> None:
-    """512 completion tokens, the 7B's vocabulary, little body: a quarter of what whole logits take, half of TRL's chunks."""
+    """512 completion tokens, the 7B's vocabulary: a quarter of what whole logits take, half of TRL's chunks."""
     from bench.trl_head import measure
 
     heads = ("eager", "chunked", "ours")
