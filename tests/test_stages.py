@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmedx_fast import ranks
 from mmedx_fast.atomic import DiskFullError, clean
 from mmedx_fast.checkpoint import rng_state, save_checkpoint
 from mmedx_fast.config import CaciConfig, ConfigError, LoraConfig
@@ -258,6 +259,16 @@ def test_a_run_does_not_go_on_with_other_questions(tmp_path: Path, now: Any) -> 
     with pytest.raises(ConfigError, match=rf"data.train = rows.jsonl.*{counts}.*delete {tmp_path}"):
         load_progress(stage, policy, _questions(*now), "rows.jsonl")
     assert len(loaded) == 2
+
+
+def test_ranks_that_find_different_checkpoints_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines that share no run folder would train on from different weights."""
+    stage = SimpleNamespace(dir=tmp_path, name="gba")
+    monkeypatch.setattr(ranks, "all_gather", lambda step: [4, step])
+    with pytest.raises(ConfigError, match=rf"{tmp_path} \(rank 0 step 4, rank 1 step 0\).*share"):
+        load_progress(stage, SimpleNamespace(), _questions(*TRAINED_ON), "rows.jsonl")
 
 
 def test_candidates_span_the_lists_and_weigh_the_rl_model_last() -> None:

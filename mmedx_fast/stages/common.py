@@ -70,12 +70,21 @@ def load_progress(
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """(updates done, phase meter state, extra) of the newest good checkpoint; (0, {}, {}) without one.
 
-    Raises ConfigError when that was trained on others than ``questions``, which come from ``source``
-    (``data.train``): a step's questions follow from its number, so all later ones would be others too.
+    Every rank calls it. Raises ConfigError when the ranks find different steps, and when that was trained
+    on others than ``questions``, which come from ``source`` (``data.train``): a step's questions follow from
+    its number, so all later ones would be others too.
     """
+    from mmedx_fast import ranks
     from mmedx_fast.checkpoint import load_latest, set_rng_state
 
     found = load_latest(stage.dir)
+    steps = ranks.all_gather(found[0] if found else 0)
+    if len(set(steps)) > 1:
+        listed = ", ".join(f"rank {rank} step {step}" for rank, step in enumerate(steps))
+        raise ConfigError(
+            f"the ranks find different checkpoints in {stage.dir} ({listed}): run_dir must be one folder "
+            f"that all machines share"
+        )
     if found is None:
         return 0, {}, {}
     step, tensors, meta = found
