@@ -236,8 +236,9 @@ class _Facts:
         return row
 
     def memory(self) -> list[Part]:
-        """Bytes on one GPU."""
-        row = Row.of(self.cfg, self.prompt, self.guideline, self.response, self.gpus)
+        """Bytes on one GPU, where every answer of the longest row is as long as it may be."""
+        longest = self.cfg.rollout.max_completion_length
+        row = Row.of(self.cfg, self.prompt, self.guideline, longest, self.gpus)
         return memory_parts(self.cfg, self.model, row, self._sequence(), self.gpu, self.gpus)
 
     def machine(self, parts: Sequence[Part]) -> dict[str, Any] | None:

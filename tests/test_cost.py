@@ -421,9 +421,19 @@ def test_the_logits_tile_is_the_kernels():
     assert LOGITS_TILE == _logits.CUDA_TILE_BYTES
     assert _parts(plan(_cfg()))["logits tile, fp32"] == LOGITS_TILE
     one = _cfg(
-        gba={"questions_per_step": 1, "guidelines": ["analytic"]}, rollout={"num_generations": 1}
+        gba={"questions_per_step": 1, "guidelines": ["analytic"]},
+        rollout={"num_generations": 1, "max_completion_length": 7},
     )
-    assert _parts(plan(one, Assumptions(response_tokens=7)))["logits tile, fp32"] == 4 * 152064 * 7
+    assert _parts(plan(one))["logits tile, fp32"] == 4 * 152064 * 7
+
+
+def test_memory_is_that_of_answers_as_long_as_they_may_be():
+    cfg = _cfg(gba={"max_row_tokens": 60_000, "questions_per_step": 1})
+    short, usual = (plan(cfg, Assumptions(response_tokens=n)) for n in (7, None))
+    assert short["memory"] == usual["memory"] and short["total"] != usual["total"]
+    lengths = [usual["assumptions"][name] for name in ("prompt_tokens", "guideline_tokens")]
+    tokens = tree_counts(*lengths, 512, guidelines=4, n=4).tokens
+    assert f"activations kept of a row of {tokens:,} tokens" in str(usual["memory"])
 
 
 # Bytes of a trained weight on one of four GPUs: the weight, its gradient, the master copy, two moments.
