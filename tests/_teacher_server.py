@@ -30,6 +30,8 @@ class TeacherServer:
         self.wrong: Callable[[str, str, int], bool] = lambda name, guideline, seed: False
         self.fault: Callable[[int], str | None] = lambda n: None
         self.delay = 0.0
+        self.together = 1
+        """So many requests are waited for, ten seconds at most, before the first is answered."""
         self.usage: dict | None = USAGE
         self.bodies: list[dict] = []
         self.headers: list[dict] = []
@@ -99,6 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._misbehave(fault)
             return
         time.sleep(server.delay)
+        limit = time.monotonic() + 10
+        while server.most_busy < server.together and time.monotonic() < limit:
+            time.sleep(0.01)
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": server.completion(body)},
