@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._checks import check_integers
+
 # Elements of a logits tile on a CPU, and the fewest rows worth a GEMM there: a tile that stays in
 # cache is 3x to 10x quicker than one that the allocator must map anew.
 CPU_TILE, CPU_ROWS = 1 << 19, 128
@@ -370,12 +372,6 @@ def check_head(
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, got {chunk}")
-
-
-def check_integers(name: str, x: Tensor, what: str) -> None:
-    """Raise ValueError unless ``x`` is of an integer dtype: a bool is a mask, and its 0 and 1 are no ids."""
-    if x.dtype == torch.bool or x.is_floating_point() or x.is_complex():
-        raise ValueError(f"{name} must be of an integer dtype: {what}; got {x.dtype}")
 
 
 def check_gathered(weight: Tensor) -> None:

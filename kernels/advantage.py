@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _advantage_torch  # noqa: F401
+from ._checks import check_integers
 from ._dispatch import register_triton, resolve
 
 COMBINE = ("sum_then_normalize", "normalize_then_sum")
@@ -239,13 +240,10 @@ def _check_tensors(
             f"rewards must be a float [B, M] tensor, got {rewards.dtype} {tuple(rewards.shape)}"
         )
     for name, ids in (("group", group), ("guideline", guideline)):
-        # floats would be cut to integers, and of complex numbers the real part taken
-        counted = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-        if ids.shape != rewards.shape[:1] or not counted:
-            raise ValueError(
-                f"{name} must be an integer [{rewards.shape[0]}] tensor, one id per rollout "
-                f"(torch.int64, say), got {ids.dtype} {tuple(ids.shape)}"
-            )
+        what = f"[{rewards.shape[0]}] ids, one per rollout"
+        check_integers(name, ids, what)
+        if ids.shape != rewards.shape[:1]:
+            raise ValueError(f"{name} must be {what}, got {tuple(ids.shape)}")
     for name, weights in (
         ("reward_weights", reward_weights),
         ("guideline_weights", guideline_weights),

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _logits as lg
+from ._checks import check_integers
 from ._policy_math import (
     LOSS_TYPES,
     PolicyLossSpec,
@@ -114,7 +115,7 @@ def linear_policy_loss(
         if x is not None and x.shape != targets.shape:
             raise ValueError(f"{name} must be [{len(targets)}], got {tuple(x.shape)}")
     if sequence_id is not None:
-        lg.check_integers("sequence_id", sequence_id, _SEQUENCE_IDS)
+        check_integers("sequence_id", sequence_id, _SEQUENCE_IDS)
     _check_given(spec, ref_logprob, rollout_logprob, sequence_id)
     operands = (hidden, weight, bias)
     grad = torch.is_grad_enabled()
@@ -400,7 +401,7 @@ def token_weights(
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r} is not known: use {', '.join(LOSS_TYPES)}")
-    lg.check_integers("sequence_id", sequence_id, _SEQUENCE_IDS)
+    check_integers("sequence_id", sequence_id, _SEQUENCE_IDS)
     if mask is not None and mask.shape != sequence_id.shape:
         raise ValueError(f"mask must be {tuple(sequence_id.shape)}, got {tuple(mask.shape)}")
     counted = torch.ones_like(sequence_id, dtype=torch.bool) if mask is None else mask != 0

@@ -20,6 +20,12 @@ OWNED = {
 }
 """Keys that another part of the configuration decides."""
 
+REFUSED = {
+    "sequence_parallel_size": "a row's tokens stay on one rank here",
+    "tensor_parallel": "the model's layers are split by ZeRO alone here",
+}
+"""Keys that DeepSpeed reads and that would change what a rank holds, with what is so instead."""
+
 KNOWN = frozenset(
     """activation_checkpointing aio amp autotuning checkpoint comet comms_logger communication_data_type
     compile compression_training csv_monitor curriculum_learning data_efficiency data_types
@@ -27,7 +33,7 @@ KNOWN = frozenset(
     elasticity expert_parallel flops_profiler gradient_allreduce_op gradient_predivide_factor
     graph_harvesting hybrid_engine log_level memory_breakdown nebula pipeline prescale_gradients
     progressive_layer_drop quantize_training seq_parallel_communication_data_type sparse_attention
-    sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast
+    sparse_gradients steps_per_print tensorboard timers torch_autocast
     use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()
 )
@@ -44,6 +50,10 @@ def check_deepspeed(settings: Mapping[str, Any]) -> None:
         if key in OWNED:
             raise ValueError(
                 f"deepspeed.{key} is decided by {OWNED[key]}; remove it from the DeepSpeed settings"
+            )
+        if key in REFUSED:
+            raise ValueError(
+                f"deepspeed.{key} is not supported: {REFUSED[key]}; remove it from the DeepSpeed settings"
             )
         if key not in KNOWN:
             close = difflib.get_close_matches(str(key), KNOWN, n=1)

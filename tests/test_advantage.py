@@ -633,7 +633,10 @@ def test_equals_trl_own_code(aggregation: str, scale: str, nan: float, implement
             r"rewards\[1, 0\] is infinite",
         ),
         ({"group": torch.zeros(3, dtype=torch.long)}, "group must be"),
-        ({"guideline": torch.zeros(4)}, r"guideline must be an integer \[4\] .*torch.int64"),
+        (
+            {"guideline": torch.zeros(4)},
+            r"guideline must be of an integer dtype: \[4\] ids.*got torch.float32",
+        ),
         ({"group": torch.zeros(4, dtype=torch.complex64)}, "group must be .*got torch.complex64"),
         ({"guideline": torch.zeros(4, dtype=torch.complex128)}, "guideline must be"),
         ({"group": torch.zeros(4, dtype=torch.bool)}, "group must be .*got torch.bool"),
