@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from PIL import Image, ImageEnhance
 
 from mmedx_fast._paths import find_config
@@ -260,7 +261,7 @@ def test_texts_alone_match_only_without_images_or_where_that_is_asked_for():
         for every in (True, False):
             matcher = Matcher(MatchConfig(rules=rules), every_image=every)
             matcher.add(item(template))
-            found = matcher.find(item(dataclasses.replace(template, id="b")))
+            found = matcher.find(item(replace(template, id="b")))
             assert bool(found) == bare, rules
             matcher = Matcher(MatchConfig(rules=rules), every_image=every)
             matcher.add(item(template, picture))
@@ -354,7 +355,7 @@ def test_a_copy_is_found_and_no_other_image(pictures, copy):
     for record, picture in zip(PHANTOM, pictures, strict=True):
         matcher.add(item(record, picture))
     for record, picture in list(zip(PHANTOM, pictures, strict=True))[::4]:
-        found = matcher.find(item(dataclasses.replace(record, id="copy"), COPIES[copy](picture)))
+        found = matcher.find(item(replace(record, id="copy"), COPIES[copy](picture)))
         assert found is not None and found["id"] == record.id
 
 
@@ -375,7 +376,7 @@ def test_image_and_text_needs_both(pictures):
     copy = COPIES["half as jpeg"](pictures[0])
     assert matcher.find(item(template, pictures[1])) is None
     assert matcher.find(item(other, copy)) is None
-    found = matcher.find(item(dataclasses.replace(template, options={"A": "p", "B": "q"}), copy))
+    found = matcher.find(item(replace(template, options={"A": "p", "B": "q"}), copy))
     assert found is not None and found["rule"] == "image_and_text" and found["id"] == "t"
 
 
@@ -393,7 +394,7 @@ def test_all_images_of_a_duplicate_match_but_one_shared_with_a_test_set_is_enoug
 def test_hashes_are_remembered_and_damaged_images_named(tmp_path, monkeypatch):
     cache = tmp_path / "hashes.jsonl"
     broken = question("broken", "x")
-    broken = dataclasses.replace(broken, images=(ImageRef(data=b"\x89PNG nothing"),))
+    broken = replace(broken, images=(ImageRef(data=b"\x89PNG nothing"),))
     records = [*PHANTOM[:6], broken, *PHANTOM[6:9]]
     hasher = ImageHasher(cache, 2)
     first = list(hasher.all_of(records))
@@ -424,11 +425,11 @@ def test_hashes_are_remembered_and_damaged_images_named(tmp_path, monkeypatch):
 
 def test_ids_licences_and_sources_of_the_new_rows(tmp_path):
     rows = [
-        dataclasses.replace(PHANTOM[0], id="same", meta={"license": "CC0"}),
-        dataclasses.replace(PHANTOM[1], meta={"source": "textbook"}),
+        replace(PHANTOM[0], id="same", meta={"license": "CC0"}),
+        replace(PHANTOM[1], meta={"source": "textbook"}),
     ]
     write_mmedexpert(rows, tmp_path / "a", "train")
-    write_mmedexpert([dataclasses.replace(PHANTOM[2], id="same", meta={})], tmp_path / "b", "train")
+    write_mmedexpert([replace(PHANTOM[2], id="same", meta={})], tmp_path / "b", "train")
     cfg = make_config(
         output=str(tmp_path / "out"),
         sources=[
@@ -492,7 +493,7 @@ def completion(record: Record, guideline: str) -> str:
 def test_traces_pass_under_their_own_guideline_and_hardly_another():
     passed = {pair: 0 for pair in itertools.product(GUIDELINE_NAMES, GUIDELINE_NAMES)}
     for record in PHANTOM[::2]:
-        bare = dataclasses.replace(record, meta={})  # no column tells the image's findings
+        bare = replace(record, meta={})  # no column tells the image's findings
         for written, asked in passed:
             verdict = judge(completion(bare, written), bare, asked, FilterConfig())
             passed[written, asked] += verdict.reason is None
@@ -552,7 +553,7 @@ def test_open_and_yes_no_questions():
         "The film shows a pleural effusion. The effusion with fever suggests pneumonia. "
         "Therefore the answer is yes."
     )
-    record = dataclasses.replace(
+    record = replace(
         question("y", "Is there a pleural effusion in this patient with fever?"),
         options=None, answer_label=None, answer="Yes", answer_type="yesno",
     )  # fmt: skip
@@ -579,14 +580,14 @@ def test_a_key_changes_with_all_that_changes_the_answer_and_with_nothing_else():
         {"price_input": 2}, {"attempts": 9}, {"api_key_env": "KEY"}, {"on_error": "drop"},
     )  # fmt: skip
     assert {key(**changes) for changes in same} == {base}
-    assert key(dataclasses.replace(PHANTOM[0], id="renamed", specialty=None, meta={})) == base
+    assert key(replace(PHANTOM[0], id="renamed", specialty=None, meta={})) == base
     other = [
         key(digests=("e",)), key(digests=()), key(guideline="analytic"), key(attempt=1), key(PHANTOM[1]),
         key(model="n"), key(temperature=0.5), key(temperature=None), key(max_tokens=5), key(seed=1),
         key(reveal_answer=True), key(extra_instruction=""), key(system_prompt="x"), key(top_p=0.5),
         key(max_pixels=1000), key(image_format="jpeg"), key(answer_format="text"),
-        key(extra_body={"x": 1}), key(dataclasses.replace(PHANTOM[0], question="?")),
-        key(dataclasses.replace(PHANTOM[0], options={"A": "x", "B": "y"})),
+        key(extra_body={"x": 1}), key(replace(PHANTOM[0], question="?")),
+        key(replace(PHANTOM[0], options={"A": "x", "B": "y"})),
     ]  # fmt: skip
     assert len({base, *other}) == 1 + len(other)
 

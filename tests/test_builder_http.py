@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import importlib.util
 import io
 import json
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from msgspec.structs import replace
 from PIL import Image
 
 from mmedx_fast.builder.build import build, estimate
@@ -45,7 +45,7 @@ RECORDS = make_split("train", 12, 3, set())
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
-    write_mmedexpert([dataclasses.replace(r, reasoning={}) for r in RECORDS], folder, "train")
+    write_mmedexpert([replace(r, reasoning={}) for r in RECORDS], folder, "train")
     return folder
 
 
@@ -405,7 +405,7 @@ def copy_of(record: Record, name: str, how: str, **changes: Any) -> Record:
     options = dict(zip(record.options, texts, strict=True))
     label = next(k for k, v in options.items() if v == record.answer)
     shown = {"images": (ref,), "question": text, "options": options, "answer_label": label}
-    return dataclasses.replace(record, id=name, **shown | changes)
+    return replace(record, id=name, **shown | changes)
 
 
 def test_the_funnel_counts_every_question_once(server, tmp_path):
@@ -418,13 +418,13 @@ def test_the_funnel_counts_every_question_once(server, tmp_path):
     ]
     rows += [copy_of(test[i], f"leak-{i}", how) for i, how in enumerate(("half", "jpeg", "tint"))]
     # A test image under another question and a test question with another image are no leaks.
-    rows.append(dataclasses.replace(good[4], id="same-image", images=test[4].images))
-    rows.append(dataclasses.replace(test[6], id="same-text", images=good[0].images))
-    rows.append(dataclasses.replace(good[5], id="open", options=None, answer_label=None,
+    rows.append(replace(good[4], id="same-image", images=test[4].images))
+    rows.append(replace(test[6], id="same-text", images=good[0].images))
+    rows.append(replace(good[5], id="open", options=None, answer_label=None,
                                     answer_type="open", question="Describe it."))  # fmt: skip
-    rows.append(dataclasses.replace(good[6], id="unreadable"))
+    rows.append(replace(good[6], id="unreadable"))
     folder = tmp_path / "data"
-    write_mmedexpert([dataclasses.replace(r, reasoning={}) for r in rows], folder, "train")
+    write_mmedexpert([replace(r, reasoning={}) for r in rows], folder, "train")
     lines = (folder / "train.jsonl").read_text().splitlines()
     broken = json.loads(lines[-1])
     broken["images"] = ["images/broken.png"]

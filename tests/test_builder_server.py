@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from mmedx_fast.builder.build import build
 from mmedx_fast.builder.config import BuildConfig
@@ -70,7 +70,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
-    write_mmedexpert([dataclasses.replace(r, reasoning={}) for r in RECORDS], folder, "train")
+    write_mmedexpert([replace(r, reasoning={}) for r in RECORDS], folder, "train")
     return folder
 
 
@@ -123,7 +123,7 @@ def check(out: Path, sheet: dict[str, Any]) -> None:
 def test_prompts_are_the_training_prompts():
     builder = PromptBuilder.from_folder(assets_folder(), DataConfig(answer_format="text"))
     cfg = config(Path("x"), Path("y"), base_urls=["http://localhost/v1"]).teacher
-    several = dataclasses.replace(RECORDS[0], images=RECORDS[0].images * 3)
+    several = replace(RECORDS[0], images=RECORDS[0].images * 3)
     for record in (*RECORDS, several):
         for guideline in GUIDELINE_NAMES:
             theirs = builder.messages(record, guideline)

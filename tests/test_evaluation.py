@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mmedx_fast.config import Config, ConfigError, DataConfig, EvalConfig, load_config
 from mmedx_fast.data.records import GUIDELINE_NAMES, ImageRef, Record
@@ -184,7 +185,7 @@ def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(
     fail_at: int, tmp_path: Path, canned: PromptBuilder
 ) -> None:
     asked = list(records(23))
-    asked[5] = Record(**(vars(asked[5]) | {"images": (ImageRef(path=tmp_path / "none.png"),)}))
+    asked[5] = replace(asked[5], images=(ImageRef(path=tmp_path / "none.png"),))
     whole = evaluate(tmp_path / "whole", canned, asked)
     first, second = CannedEngine(fail_at=fail_at), CannedEngine()
     if fail_at < 6:
@@ -217,7 +218,7 @@ def test_data_that_changed_under_a_journal_is_refused(
 def test_no_usable_question_is_an_error_that_names_the_reasons(
     tmp_path: Path, canned: PromptBuilder
 ) -> None:
-    gone = [Record(**(vars(r) | {"images": (ImageRef(path=Path("x")),)})) for r in records(3)]
+    gone = [replace(r, images=(ImageRef(path=Path("x")),)) for r in records(3)]
     with pytest.raises(NothingAnsweredError, match=r"none of 3 .*rejected.jsonl"):
         evaluate(tmp_path, canned, gone)
 

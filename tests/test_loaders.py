@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from PIL import Image
 
 from mmedx_fast.data.conclusion import concluded_option
@@ -551,9 +552,9 @@ def sample_records(folder: Path) -> list[Record]:
     )
     return [
         base,
-        dataclasses.replace(base, id="clinic:a 1", reasoning={"": "One trace."}, images=images[1:]),
-        dataclasses.replace(base, id="clinic:2", reasoning={"intuitive": "One."}, images=()),
-        dataclasses.replace(
+        replace(base, id="clinic:a 1", reasoning={"": "One trace."}, images=images[1:]),
+        replace(base, id="clinic:2", reasoning={"intuitive": "One."}, images=()),
+        replace(
             base,
             id="clinic:3",
             options=None,
@@ -573,7 +574,7 @@ def test_written_records_load_again_unchanged(tmp_path: Path) -> None:
     loaded = load_records(folder, split="train").records
 
     def apart(record: Record) -> tuple[Record, list[str]]:
-        return dataclasses.replace(record, images=()), [image_digest(ref) for ref in record.images]
+        return replace(record, images=()), [image_digest(ref) for ref in record.images]
 
     assert [apart(r) for r in loaded] == [apart(r) for r in records]
     assert detect_format(folder) == "mmedexpert"
@@ -591,10 +592,10 @@ def test_failed_write_leaves_the_old_split(tmp_path: Path) -> None:
     before = file.read_bytes()
     with pytest.raises(ValueError, match="'clinic:a/1' twice"):
         write_mmedexpert([records[0], records[0]], tmp_path, "train")
-    unwritable = dataclasses.replace(records[2], meta={"x": object()})
+    unwritable = replace(records[2], meta={"x": object()})
     with pytest.raises(ValueError, match="'clinic:2' cannot be written as JSON"):
         write_mmedexpert([records[0], unwritable], tmp_path, "train")
-    gone = dataclasses.replace(records[2], images=(ImageRef(path=Path("gone.png")),))
+    gone = replace(records[2], images=(ImageRef(path=Path("gone.png")),))
     with pytest.raises(ImageError, match="gone.png"):
         write_mmedexpert([gone], tmp_path, "train")
     assert file.read_bytes() == before
@@ -636,8 +637,8 @@ def test_disjoint_sets_pass_and_overlaps_are_named(tmp_path: Path) -> None:
 def test_disjoint_reads_only_images_of_shared_questions(tmp_path: Path) -> None:
     broken = ImageRef(path=tmp_path / "gone.png")
     (record,) = sample_records(tmp_path)[3:]
-    train = dataclasses.replace(record, id="t", images=(broken,), question="One?")
-    test = dataclasses.replace(record, id="u", images=(broken,), question="Two?")
+    train = replace(record, id="t", images=(broken,), question="One?")
+    test = replace(record, id="u", images=(broken,), question="Two?")
     assert_disjoint([train], [test])
 
 

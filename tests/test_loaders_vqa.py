@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
 from mmedx_fast.data import huatuo, pathvqa, pubmedvision, slake, vqa_rad
@@ -462,10 +463,7 @@ def test_pubmedvision_specialties(tmp_path: Path) -> None:
         for i, (text, part, _, _) in enumerate(cases)
     ]
     result = load(write_json(tmp_path / "p.json", rows), "train")
-    got = [
-        (r.specialty, assign_specialty(Record(**{**vars(r), "specialty": None}))[1])
-        for r in result.records
-    ]
+    got = [(r.specialty, assign_specialty(replace(r, specialty=None))[1]) for r in result.records]
     assert got == [(specialty, rule) for _, _, specialty, rule in cases]
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from mmedx_fast import __version__
 from mmedx_fast.atomic import clean, write_json, write_text
 from mmedx_fast.builder.collect import Collected, Collector, Outcome, ask_of, shuffled
@@ -197,7 +199,7 @@ def _record(outcome: Outcome) -> Record:
         for name, trace in outcome.traces.items()
     }
     reasoning = {name: trace.text for name, trace in outcome.traces.items()}
-    return dataclasses.replace(record, reasoning=reasoning, meta=record.meta | {"traces": made})
+    return replace(record, reasoning=reasoning, meta=record.meta | {"traces": made})
 
 
 def _dropped_later(collected: Collected, collector: Collector) -> list[Dropped]:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from mmedx_fast.builder.config import BuildConfig, DataSetConfig, EvaluationConfig, SourceConfig
 from mmedx_fast.builder.features import ImageFeatures, ImageHasher, text_features
 from mmedx_fast.builder.matching import Item, Matcher
@@ -158,7 +160,7 @@ def _own(record: Record, source: SourceConfig, ids: set[str]) -> Record:
     meta.setdefault("source", source.name)
     if not isinstance(meta.get("license"), str) and source.license is not None:
         meta["license"] = source.license
-    return dataclasses.replace(record, id=name, meta=meta, reasoning={})
+    return replace(record, id=name, meta=meta, reasoning={})
 
 
 def _evaluation(cfg: BuildConfig, hasher: ImageHasher, found: Screened) -> Matcher | None:

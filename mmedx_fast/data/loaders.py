@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import force_setattr
+
 from mmedx_fast.data import (
     detection,
     easyr1,
@@ -120,7 +122,6 @@ class RecordStream(Iterator[Record]):
         self.format = loader.name
         self.files = files
         self.reasons: collections.Counter[str] = collections.Counter()
-        self.specialty_rules: collections.Counter[str] = collections.Counter()
         self.first_rejected: Rejected | None = None
         self.excluded = 0
         self.count = 0
@@ -129,6 +130,7 @@ class RecordStream(Iterator[Record]):
         self._limit = limit
         self._on_rejected = on_rejected
         self._include = include
+        self._by_rule: collections.Counter[str] = collections.Counter()
         self._records = self._read()
 
     def __iter__(self) -> Iterator[Record]:
@@ -137,13 +139,18 @@ class RecordStream(Iterator[Record]):
     def __next__(self) -> Record:
         return next(self._records)
 
+    @property
+    def specialty_rules(self) -> collections.Counter[str]:
+        by_column = self.count - self._by_rule.total()
+        return +collections.Counter({"column": by_column, **self._by_rule})
+
     def summary(self) -> str:
         """One line for the terminal and the log."""
         return _summary(self.files, self.format, self.count, self.reasons)
 
     def _read(self) -> Iterator[Record]:
         ids: set[int] = set()
-        rules, include = self.specialty_rules, self._include
+        include = self._include
         for file in self.files:
             context = self._context(file)
             for first, rows in self._rows(file, context):
@@ -156,15 +163,16 @@ class RecordStream(Iterator[Record]):
                     ids.add(id_hash(record.id))
                     if len(ids) == known:
                         self._refuse_duplicate(record.id, file, number)
-                    rule = "column"
+                    rule = None
                     if record.specialty is None:
                         specialty, rule = assign_specialty(record)
                         # It was made just now and nobody else has it; a copy takes as long as all the rest.
-                        object.__setattr__(record, "specialty", specialty)
+                        force_setattr(record, "specialty", specialty)
                     if include is not None and not include(record):
                         self.excluded += 1
                         continue
-                    rules[rule] += 1
+                    if rule is not None:
+                        self._by_rule[rule] += 1
                     self.count += 1
                     yield record
                     if self.count == self._limit:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from mmedx_fast.data.records import SPECIALTIES, Record, plain_record
+from mmedx_fast.data.records import SPECIALTIES, Record
 from mmedx_fast.data.rows import (
     Loader,
     PlainLine,
@@ -96,19 +96,17 @@ def plain(context: RowContext) -> PlainLine:
                 or (specialty is not None and specialty not in SPECIALTIES)
             ):
                 return None
-            return plain_record(
-                f"medxpertqa:{native}",
-                "medxpertqa",
-                split,
-                tuple([find(name) for name in row.images]) if row.images else (),
-                stem,
-                options,
-                row.label,
-                options[row.label],
-                "mcq",
-                {},
-                specialty,
-                _plain_meta(row),
+            return Record(
+                id=f"medxpertqa:{native}",
+                dataset="medxpertqa",
+                split=split,
+                images=find(row.images) if row.images else (),
+                question=stem,
+                options=options,
+                answer_label=row.label,
+                answer=options[row.label],
+                specialty=specialty,
+                meta=_plain_meta(row),
             )
         except _NOT_PLAIN:
             return None

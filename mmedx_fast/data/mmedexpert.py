@@ -29,7 +29,6 @@ from mmedx_fast.data.records import (
     ImageRef,
     Record,
     Specialty,
-    plain_record,
 )
 from mmedx_fast.data.rows import (
     Loader,
@@ -140,19 +139,18 @@ def plain(context: RowContext) -> PlainLine:
             if required or row.reasoning is not None:
                 paradigm = (row.paradigm or "").strip() or None
                 reasoning = _reasoning(row.reasoning, paradigm, options, label, required=required)
-            return plain_record(
-                native if dataset else f"mmedexpert:{native}",
-                dataset or "mmedexpert",
-                split,
-                tuple([find(name) for name in names]) if names else (),
-                question,
-                options,
-                label,
-                answer,
-                "mcq",
-                reasoning,
-                row.specialty,
-                _plain_meta(row),
+            return Record(
+                id=native if dataset else f"mmedexpert:{native}",
+                dataset=dataset or "mmedexpert",
+                split=split,
+                images=find(names) if names else (),
+                question=question,
+                options=options,
+                answer_label=label,
+                answer=answer,
+                reasoning=reasoning,
+                specialty=row.specialty,
+                meta=_plain_meta(row),
             )
         except _NOT_PLAIN:
             return None
