@@ -171,18 +171,22 @@ class Engine:
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         ensure_distributed(device)
-        _lend_local_rank()
-        self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=basic,
-            model_parameters=trainable,
-            lr_scheduler=self._scheduler,
-            config=settings,
-        )
         self._basic = basic
-        if self.stage > 0:
-            judge_norms(self.engine.optimizer, self.stage, self._verdict)
-        self._start_moments()
+        _lend_local_rank()
+        try:
+            self.engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=basic,
+                model_parameters=trainable,
+                lr_scheduler=self._scheduler,
+                config=settings,
+            )
+            if self.stage > 0:
+                judge_norms(self.engine.optimizer, self.stage, self._verdict)
+            self._start_moments()
+        except BaseException:
+            _take_local_rank_back()
+            raise
 
     def _start_moments(self) -> None:
         """Create Adam's state now (the first step would), so that it can be read and written any

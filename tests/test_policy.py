@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -468,6 +469,10 @@ def test_the_environment_says_no_local_rank_once_the_last_policy_is_closed(base,
     first.close()
     assert os.environ["LOCAL_RANK"] == "0"
     second.close()
+    assert "LOCAL_RANK" not in os.environ
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="no engine"):
+        broken.setattr("deepspeed.initialize", Mock(side_effect=RuntimeError("no engine")))
+        load(base, train=True)
     assert "LOCAL_RANK" not in os.environ
     monkeypatch.setenv("LOCAL_RANK", "3")  # a launcher's stays
     load(base, train=True).close()
