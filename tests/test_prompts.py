@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from mmedx_fast.config import DataConfig
 from mmedx_fast.data.records import GUIDELINE_NAMES, ImageRef, Record
@@ -49,7 +49,7 @@ def record(pictures: int = 1, **changes: object) -> Record:
         answer="fracture",
         reasoning={name: f"The {name} way leads to a fracture." for name in GUIDELINE_NAMES},
     )
-    return dataclasses.replace(made, **changes)
+    return replace(made, **changes)
 
 
 @pytest.fixture(scope="module")
