@@ -14,7 +14,16 @@ from typing import Any
 
 from mmedx_fast.config import Config
 from mmedx_fast.cost_evaluation import EvaluationCount, merge_candidates
-from mmedx_fast.cost_memory import Part, Row, engine_here, fit, memory_parts, trained_params
+from mmedx_fast.cost_memory import (
+    Part,
+    Row,
+    engine_here,
+    fit,
+    images_at_once,
+    memory_parts,
+    trained_params,
+    trains_tower,
+)
 from mmedx_fast.cost_text import plan_text
 from mmedx_fast.data.records import GUIDELINE_NAMES
 from mmedx_fast.flops import (
@@ -238,8 +247,12 @@ class _Facts:
     def memory(self) -> list[Part]:
         """Bytes on one GPU, where every answer of the longest row is as long as it may be."""
         longest = self.cfg.rollout.max_completion_length
-        row = Row.of(self.cfg, self.prompt, self.guideline, longest, self.gpus)
-        return memory_parts(self.cfg, self.model, row, self._sequence(), self.gpu, self.gpus)
+        lengths = (self.prompt, self.guideline, longest, self.gpus)
+        row = Row.of(self.cfg, *lengths)
+        images = images_at_once(self.cfg, self.image, *lengths)
+        return memory_parts(
+            self.cfg, self.model, row, images, self._sequence(), self.gpu, self.gpus
+        )
 
     def machine(self, parts: Sequence[Part]) -> dict[str, Any] | None:
         """The GPUs and whether one of them holds its part; None where none was named."""
@@ -303,7 +316,7 @@ class _Facts:
             lora_rank=self.cfg.lora.r,
             checkpointing=self.cfg.model.gradient_checkpointing,
             full=full,
-            train_tower=full and not self.cfg.gba.freeze_vision_tower,
+            train_tower=full and trains_tower(self.cfg),
         )
 
     def _generate(

@@ -9,14 +9,18 @@ from typing import Any, Literal, get_args
 
 from mmedx_fast.config import Config, deepspeed_settings
 from mmedx_fast.cost_activations import WIDE, Training, row_memory
+from mmedx_fast.cost_tower import Images, feature_bytes, tower_memory
 from mmedx_fast.flops import ModelShape, tree_counts
 from mmedx_fast.gpus import Gpu
 
 LOGITS_TILE = 750_000_000
 """Most bytes of a logits tile on CUDA, as in ``kernels/_logits.py``."""
 
-Phase = Literal["always", "update", "layer", "head", "rollout"]
-"""When a part is held; ``layer`` (a block's backward) and ``head`` (the loss) take turns in the update."""
+TOWER = "activations kept by the vision tower"
+
+Phase = Literal["always", "update", "layer", "head", "tower", "rollout"]
+"""When a part is held; ``layer`` (a block's backward), ``head`` (the loss) and ``tower`` (a trained tower's
+backward) take turns in the update."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,45 @@ class Row:
         return cls(tokens=tokens, targets=int(tree.targets * share), keys=int(keys * share))
 
 
+def images_at_once(
+    cfg: Config, image: int, prompt: int, guideline: int, response: int, gpus: int
+) -> Images:
+    """The most images, of ``image`` tokens for each question, that a GPU has in a row and in a step.
+
+    Answers may be short: a row takes as many questions as their prompts leave room for. A question that is
+    split (its answers ``response`` tokens long) is held until the last row that shows it. Rows go by length,
+    so that may be all questions.
+    """
+    gba = cfg.gba
+    questions = math.ceil(gba.questions_per_step / gpus)
+    # A part of a question has at least one answer to one guideline.
+    fitting = max(1, gba.max_row_tokens // (prompt + guideline + 1))
+    row = min(questions, fitting, gba.max_images or questions)
+    k, n = len(gba.guidelines), cfg.rollout.num_generations
+    tree = tree_counts(prompt, guideline, response, guidelines=k, n=n)
+    split = tree.tokens > gba.max_row_tokens or tree.targets > (
+        gba.max_response_tokens or tree.targets
+    )
+    if trains_tower(cfg):
+        # Where gradients meet within a backward, every row runs the tower itself.
+        waits = split and not (gpus > 1 and zero_stage(cfg) > 1)
+        kept = waits
+    else:
+        # Features are computed for all rows at once where several passes read them.
+        waits, kept = False, split or gba.num_iterations > 1 or gba.loss.beta > 0
+    return Images(
+        row=row * image,
+        row_images=row,
+        held=(questions if kept else row) * image,
+        waits=waits,
+    )
+
+
+def trains_tower(cfg: Config) -> bool:
+    """Whether GBA trains the vision tower; a LoRA is taken to be on the language model alone."""
+    return cfg.gba.finetuning_type == "full" and not cfg.gba.freeze_vision_tower
+
+
 def training(cfg: Config, gpu: Gpu | None) -> Training:
     """How GBA trains; Liger's kernels are taken as installed where a GPU is named."""
     liger = cfg.model.use_liger_kernel
@@ -64,7 +107,13 @@ def training(cfg: Config, gpu: Gpu | None) -> Training:
 
 
 def memory_parts(
-    cfg: Config, model: ModelShape, row: Row, sequence: int, gpu: Gpu | None, gpus: int
+    cfg: Config,
+    model: ModelShape,
+    row: Row,
+    images: Images,
+    sequence: int,
+    gpu: Gpu | None,
+    gpus: int,
 ) -> list[Part]:
     """What one of ``gpus`` GPUs holds in GBA, its dearest stage.
 
@@ -81,9 +130,28 @@ def memory_parts(
         Part("one block's backward", used.layer, "layer"),
         Part("states and gradients at the head", used.head, "head"),
         Part("logits tile, fp32", logits_tile(model.vocab, row.targets), "head"),
+        *_held_by_images(cfg, model, how, images, used.kept),
         Part("rollout engine weights", engine, "rollout"),
         Part("KV cache", kv_cache(cfg, model, sequence, size, gpu, engine), "rollout"),
     ]
+
+
+def _held_by_images(
+    cfg: Config, model: ModelShape, how: Training, images: Images, kept: int
+) -> list[Part]:
+    """Features, and of a trained tower its activations. Its blocks go backward when the ``kept`` activations
+    of the row are gone: what counts is how much more they take."""
+    trained = trains_tower(cfg)
+    found = [Part("image features", feature_bytes(model, how, images, trained=trained), "update")]
+    if trained:
+        tower = tower_memory(model, how, images)
+        name = f"{TOWER} of {images.held:,} image tokens"
+        beyond = max(0, tower.layer - kept)
+        found.append(Part(name, tower.kept, "update"))
+        found.append(
+            Part("a vision block's backward, beyond the row's activations", beyond, "tower")
+        )
+    return found
 
 
 def logits_tile(vocab: int, targets: int) -> int:
@@ -132,7 +200,7 @@ def trained_params(cfg: Config, model: ModelShape) -> int:
     if cfg.gba.finetuning_type == "lora":
         return model.lora_params(cfg.lora.r)
     tower = 0 if model.vision is None else model.vision.linear_params
-    return model.params - (tower if cfg.gba.freeze_vision_tower else 0)
+    return model.params - (0 if trains_tower(cfg) else tower)
 
 
 def engine_here(cfg: Config) -> bool:
@@ -169,7 +237,7 @@ def fit(cfg: Config, parts: Iterable[Part], sequence_bytes: int, gpu: Gpu) -> di
     """
     parts = list(parts)
     held = {p: sum(x.bytes for x in parts if x.phase == p) for p in get_args(Phase)}
-    update = held["update"] + max(held["layer"], held["head"])
+    update = held["update"] + max(held["layer"], held["head"], held["tower"])
     rollout = cfg.rollout
     sleeps = rollout.sleep and rollout.engine != "transformers" and not rollout.async_steps
     turns = max(update, held["rollout"]) if sleeps else update + held["rollout"]
@@ -177,7 +245,8 @@ def fit(cfg: Config, parts: Iterable[Part], sequence_bytes: int, gpu: Gpu) -> di
     cache = next(part.bytes for part in parts if part.name == "KV cache")
     problems = []
     if peak > gpu.usable:
-        remedy = _remedy(cfg, held["always"], update, held["rollout"], gpu)
+        tower = sum(part.bytes for part in parts if part.name.startswith(TOWER)) + held["tower"]
+        remedy = _remedy(cfg, held["always"], update, held["rollout"], tower, gpu)
         problems.append(f"needs {peak / 1e9:.1f} GB of {gpu.usable / 1e9:.1f} GB usable; {remedy}")
     here = engine_here(cfg)
     if here and cache < sequence_bytes:
@@ -189,13 +258,15 @@ def fit(cfg: Config, parts: Iterable[Part], sequence_bytes: int, gpu: Gpu) -> di
     return {"peak": peak, "fits": not problems, "problems": problems, "sequences": sequences}
 
 
-def _remedy(cfg: Config, always: int, update: int, rollout: int, gpu: Gpu) -> str:
+def _remedy(cfg: Config, always: int, update: int, rollout: int, tower: int, gpu: Gpu) -> str:
     larger = "take a larger GPU"
     if always > gpu.usable / 2:
         fewer = "shard with deepspeed/zero3.json over more GPUs"
         if cfg.gba.finetuning_type == "full":
             return f"{fewer}, set gba.finetuning_type=lora, or {larger}"
         return f"{fewer} or {larger}"
+    if update >= rollout and tower > update / 2:
+        return f"lower model.max_pixels, set gba.freeze_vision_tower=true or {larger}"
     knob = "gba.max_row_tokens" if update >= rollout else "rollout.gpu_memory_utilization"
     return f"lower {knob} or {larger}"
 

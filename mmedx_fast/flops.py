@@ -17,6 +17,7 @@ class VisionShape:
 
     depth: int
     hidden: int
+    heads: int
     intermediate: int
     mlp_matrices: int
     """3 with a gate (Qwen2.5-VL), 2 without (Qwen2-VL)."""
@@ -30,6 +31,11 @@ class VisionShape:
     """Edge of the attention window, None where every block sees the whole image."""
     full_blocks: int
     """Blocks that see the whole image."""
+
+    @property
+    def gated(self) -> bool:
+        """Qwen2.5-VL's blocks, with RMSNorm; else Qwen2-VL's, with LayerNorm."""
+        return self.mlp_matrices == 3
 
     @property
     def linear_params(self) -> int:
@@ -176,6 +182,7 @@ def _vision_shape(vision: Mapping[str, Any], text_hidden: int) -> VisionShape:
     return VisionShape(
         depth=depth,
         hidden=hidden,
+        heads=_size(vision, "num_heads", 16),
         intermediate=round(hidden * ratio) if old else _size(vision, "intermediate_size"),
         mlp_matrices=2 if old else 3,
         patch=patch,

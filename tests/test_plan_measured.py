@@ -175,6 +175,7 @@ class Step:
     present: list[torch.Tensor]
     """Weights and gradients, there before and after."""
     run: Callable[[PackedRow], None]
+    module: Any = None
 
     @property
     def keys(self) -> list[int]:
@@ -263,6 +264,7 @@ def full_step(folder: Path, dtype: str, checkpointing: bool, tower: bool = False
 
 def _ready(step: Step, module: torch.nn.Module) -> Step:
     """After a first pass, when every gradient has its memory."""
+    step.module = module
     step.run(step.row)
     params = list(module.parameters())
     step.present = [*params, *module.buffers(), *(p.grad for p in params if p.grad is not None)]
