@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import head
 from bench.registry import Call, Case, Outputs, Shape, Sizes
-from mmedx_fast import attention, swiglu
+from mmedx_fast import attention, lora_linear, swiglu
 from mmedx_fast.config import LoraConfig
 from mmedx_fast.flops import ModelShape, plain_counts, train_flops, tree_counts
 from mmedx_fast.ops import PolicyLossSpec, linear_policy_loss
@@ -270,9 +270,10 @@ def take_gradient(model: Any) -> Tensor:
 
 
 def prepare(base: Any, backend: attention.Backend, *, ours: bool) -> None:
-    """Attention and MLP of the model that all providers share: ``ours`` as
-    :class:`mmedx_fast.policy.Policy` sets them on this device, else transformers' own."""
+    """Attention, adapters and MLP of the model that all providers share: ``ours`` as
+    :class:`mmedx_fast.policy.Policy` sets them on this device, else PEFT's and transformers' own."""
     attention.set_backend(base, backend)
+    lora_linear.set_fused(base, ours)
     swiglu.set_recompute(base, ours and base.device.type == "cpu")
 
 
@@ -290,7 +291,7 @@ def tree_call(x: StepInputs, backend: attention.Backend) -> Call:
 
 
 def plain_call(x: StepInputs, micro: int, ours: bool = False) -> Call:
-    """Rollouts as rows of a batch, ``micro`` at once, with our head and loss; ``ours``: and our MLP."""
+    """Rollouts as rows of a batch, ``micro`` at once, with our head and loss; ``ours``: our layers too."""
 
     def call() -> Outputs:
         prepare(x.base, "dense", ours=ours)

@@ -1,8 +1,8 @@
 """Bytes that one packed row holds between its forward and its backward. Imports no torch.
 
-Counted per token from what autograd saves in transformers' Qwen2-VL / Qwen2.5-VL blocks and PEFT's LoRA
-layers: H is the hidden size, I the MLP's width, `size` the bytes of a weight. Norm and LoRA compute in
-float32, so that a bfloat16 model keeps float32 copies of what goes into them.
+Counted per token from what autograd saves in transformers' Qwen2-VL / Qwen2.5-VL blocks and the LoRA
+layers: H is the hidden size, I the MLP's width, `size` the bytes of a weight. Norms compute in float32, so
+that a bfloat16 model keeps float32 copies of what goes into them; so do PEFT's own LoRA layers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class Training:
     full: bool = False
     """Every weight of the language model is trained; else a LoRA of ``rank`` on its linear layers."""
     rank: int = 16
+    stock_lora: bool = False
+    """PEFT's own LoRA layers, as under ZeRO-3; else :mod:`mmedx_fast.lora_linear`."""
     liger: bool = False
     """Liger's RMSNorm and SwiGLU, which keep less than transformers' own."""
 
@@ -61,8 +63,8 @@ def _inputs(h: int, i: int, query: int, how: Training) -> int:
         # the MLP; the output projection's input is the attention's output.
         return how.size * ((2 if how.liger else 4) * h + i)
     adapters = 7 * WIDE * how.rank  # what lies between A and B
-    if how.size == WIDE:
-        return WIDE * (2 * h + i) + adapters  # the layers that read the same state share it
+    if how.size == WIDE or not how.stock_lora:
+        return how.size * (2 * h + i) + adapters  # the layers that read the same state share it
     # PEFT casts the input of each of the seven layers for itself.
     return WIDE * (5 * h + query + i) + adapters
 
@@ -75,6 +77,10 @@ def gradient_bytes(model: ModelShape, how: Training) -> int:
         # the product and of its two factors (LoRA: the product's by two ways, and their sum). Liger
         # writes the factors' gradients over the factors.
         return size * (h + (1 if how.liger and how.full else 2) * i)
+    if not how.stock_lora:
+        # The gradient of the MLP's product: the adapter's share in float32, and the base's. The incoming
+        # gradient and the residual's.
+        return (WIDE + size) * i + 2 * size * h
     # While the up projection is computed again: the adapter's product before and after its scale in
     # float32 and the base's; less what this projection and the next leave, counted already.
     mlp = 2 * WIDE * i + size * i - (size + WIDE) * i

@@ -102,6 +102,7 @@ def training(cfg: Config, gpu: Gpu | None) -> Training:
         checkpointing=cfg.model.gradient_checkpointing,
         full=cfg.gba.finetuning_type == "full",
         rank=cfg.lora.r,
+        stock_lora=zero_stage(cfg) == 3,
         liger=gpu is not None if liger == "auto" else liger,
     )
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from mmedx_fast import attention, swiglu
+from mmedx_fast import attention, lora_linear, swiglu
 from mmedx_fast.atomic import write_folder
 from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig
 from mmedx_fast.liger import apply_liger, choose_liger
@@ -165,6 +165,7 @@ class Policy:
         else:
             config = new_adapter(lora) if adapter is None else read_config(adapter)
             whole = wrap(base, config, seed, with_reference=has_reference)
+            lora_linear.set_fused(whole, True)
         if model.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
             # transformers makes every embedding require gradients now, the frozen vision tower's too,

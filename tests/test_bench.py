@@ -558,16 +558,16 @@ def test_the_tree_saves_less_for_backward_and_checkpoints_less_still(step_case) 
 def test_layers_alike_the_tree_saves_what_its_tokens_save(step_case) -> None:
     x, _ = step_case
     kept = {}
-    for name in ("ours", "plain rows", "plain rows, our MLP"):
+    for name in ("ours", "plain rows", "plain rows, our layers"):
         call = next(p for p in STEP.providers if p.name == name).make(x)
         with saved_for_backward(x.model.parameters()) as saved:
             call()
         kept[name] = saved.peak
     tokens = x.row.n_tokens_plain / x.row.n_tokens
-    assert kept["plain rows, our MLP"] / kept["ours"] == pytest.approx(tokens, rel=0.05)
+    assert kept["plain rows, our layers"] / kept["ours"] == pytest.approx(tokens, rel=0.05)
     # One of the four tensors as wide as the MLP that transformers' own keeps in each layer.
     freed = 4 * x.row.n_tokens_plain * x.sizes["I"] * x.sizes["L"]
-    assert kept["plain rows"] - kept["plain rows, our MLP"] == freed
+    assert kept["plain rows"] - kept["plain rows, our layers"] == freed
 
 
 def test_the_7bs_sizes_are_the_published_ones() -> None:

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mmedx_fast import policy_engine, swiglu
+from mmedx_fast import lora_linear, policy_engine, swiglu
 from mmedx_fast.config import LoraConfig, ModelConfig, OptimizerConfig
 from mmedx_fast.ops import PolicyLossSpec, linear_logprob, token_weights
 from mmedx_fast.policy import Policy, TreeMismatchError
@@ -189,6 +189,11 @@ def test_on_a_cpu_the_mlps_compute_again_in_the_backward(base, policies):
     policy = policies(base, train=True)
     layers = policy.module.base.model.language_model.layers
     assert all(layer.mlp.forward.__func__ is swiglu._forward for layer in layers)
+
+
+def test_the_adapters_are_fused_with_their_layers(base, policies):
+    layers = policies(base, train=True)._layers
+    assert layers and all(layer.forward.__func__ is lora_linear._forward for layer in layers)
 
 
 def test_policy_loss_gradient_equals_plain_autograd(base, adapter, policies):

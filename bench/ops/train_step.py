@@ -50,7 +50,7 @@ OPS = (
             ),
             Provider("plain rows", partial(_plain, micro=0), note="all rollouts in a batch"),
             Provider(
-                "plain rows, our MLP",
+                "plain rows, our layers",
                 partial(_plain, micro=0, ours=True),
                 note="all rollouts in a batch; the tree alone is what sets ours apart",
             ),
