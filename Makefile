@@ -90,7 +90,7 @@ if [ "$$free" -lt 6 ] && [ -z "$(SKIP_DISK_CHECK)" ] && [ ! -d $(VENV)/lib/pytho
 	echo "make: the install takes about 3.5 GB and 2 GB while it runs; $$free GB are free here." >&2; \
 	echo "make: free some space, or go on regardless with SKIP_DISK_CHECK=1" >&2; exit 1; \
 fi; \
-echo "Installing .[$(1)] into $(VENV) (about 3 minutes and 3.5 GB the first time)"; \
+echo "Installing .[$(1)] into $(VENV) (about 4 minutes and 3.5 GB the first time)"; \
 if ! $(BIN)/python -m pip install $(INDEX) $(CONSTRAINTS) $(PIP_ARGS) -e ".[$(1)]"; then \
 	echo "make: pip could not install .[$(1)], see above." >&2; \
 	echo "make: if no torch 2.13.0+cpu was found, name an index that has CPU builds: TORCH_INDEX=<url>" >&2; \

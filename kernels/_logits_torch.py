@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import register_torch
-from ._logits import FLOOR, MOMENT, OTHERS, OWNED, TARGET, TOP, Head, Tiles
+from ._logits import CPU_TILE, FLOOR, MOMENT, OTHERS, OWNED, TARGET, TOP, Head, Tiles
 
 # Columns of a product that is summed at once.
 SLAB = 1 << 13
@@ -46,18 +46,26 @@ class TorchTiles(Tiles):
     def stats(self, rows: slice, stats: Tensor, moment: bool) -> None:
         """Fill these columns of ``stats`` [5, N]; row MOMENT only if asked for."""
         z = self._final(rows)
+        e = self._exp_buffer(z)
+        out = stats[:, rows]
+        for part in _blocks(z):
+            self._block_stats(z[part], e[part], rows.start + part.start, out[:, part], moment)
+        top = out[TOP].clone()
+        self._resident = (rows, Tile(z, e, top))
+
+    def _block_stats(self, z: Tensor, e: Tensor, first: int, stats: Tensor, moment: bool) -> None:
+        """Statistics [5, n] of the rows from ``first`` on; makes ``z`` relative and fills ``e``."""
+        rows = slice(first, first + len(z))
         top = z.amax(1).clamp_(min=FLOOR)  # of a shard without a possible id -inf: NaN, subtracted
         z.sub_(top[:, None])
         at, inside = self._column[rows][:, None], self._inside[rows]
         target = torch.where(inside, z.gather(1, at).squeeze(1), torch.nan)
-        z.clamp_(min=FLOOR)
-        e = self._exp_of(z)
-        stats[TOP, rows], stats[TARGET, rows], stats[OWNED, rows] = top, target, inside.to(z.dtype)
+        torch.exp(z.clamp_(min=FLOOR), out=e)
+        stats[TOP], stats[TARGET], stats[OWNED] = top, target, inside.to(z.dtype)
         if moment:
-            stats[MOMENT, rows] = _row_dots(e, z)
+            stats[MOMENT] = _row_dots(e, z)
         self._drop_target(e, rows)
-        stats[OTHERS, rows] = e.sum(1)
-        self._resident = (rows, Tile(z, e, top))
+        stats[OTHERS] = e.sum(1)
 
     def dlogits(
         self,
@@ -129,14 +137,14 @@ class TorchTiles(Tiles):
                 tile.top = top
             return tile
         z = self._final(rows).sub_(top[:, None]).clamp_(min=FLOOR)
-        e = self._exp_of(z)
+        e = torch.exp(z, out=self._exp_buffer(z))
         self._drop_target(e, rows)
         return Tile(z, e, top)
 
-    def _exp_of(self, z: Tensor) -> Tensor:
+    def _exp_buffer(self, z: Tensor) -> Tensor:
         if self._exp is None or len(self._exp) < len(z):
             self._exp = torch.empty_like(z)
-        return torch.exp(z, out=self._exp[: len(z)])
+        return self._exp[: len(z)]
 
     def _drop_target(self, e: Tensor, rows: slice) -> None:
         at = self._column[rows][:, None]
@@ -148,6 +156,13 @@ class TorchTiles(Tiles):
             return None
         cap = (tile.z + tile.top[:, None]).mul_(self.head.temperature / self.head.softcap)
         return cap.clamp_(-1, 1).square_().neg_().add_(1)
+
+
+def _blocks(z: Tensor) -> list[slice]:
+    """The rows of a tile, on a CPU so few at a time that they stay in its cache from one op to the next."""
+    n, vocab = z.shape
+    step = n if z.is_cuda else max(1, CPU_TILE // max(vocab, 1))
+    return [slice(at, min(n, at + step)) for at in range(0, n, max(step, 1))]
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:
